@@ -1,0 +1,708 @@
+"""Building blocks and plumbing shared by cadd.py, vadd.py, catdm.py and difformer.py.
+
+Read the scripts, not this file: each holds its method in full. Here stand, in this order,
+  1. diffusion mathematics that several methods use word for word (time, draws, posteriors),
+  2. the network: DiT blocks and a cross-entropy that never stores the (tokens, vocabulary) logits,
+  3. EMA and learning-rate schedules,
+  4. configuration: a typed dataclass becomes the command line,
+  5. processes, devices and noise that does not depend on the number of GPUs,
+  6. checkpoints, logs, progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+
+class RunError(RuntimeError):
+    """A problem the user can solve; `main` prints its one line and exits with code 1."""
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. Diffusion mathematics
+# ---------------------------------------------------------------------------------------------
+
+
+def low_discrepancy_t(index: Tensor, n: int, u: float, t_min: float) -> Tensor:
+    """Times in [t_min, 1) for samples `index` (B,) of a global batch of n, one random shift u.
+
+    t_i = frac(u + i/n): every batch covers [0, 1) evenly, which takes most of the variance out
+    of E_t (VDM, Kingma et al. 2021, I.1). Only t near 0 is clamped, so the average over a batch
+    stays within 1/(2n) of 1/2. Samples of different ranks share u and differ in i.
+    """
+    return ((u + index.double() / n) % 1.0).clamp_min(t_min).float()
+
+
+def sample_categorical(
+    logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, u: Tensor | None = None
+) -> Tensor:
+    """Draw token ids (...) from logits (..., V) by inverting the float64 distribution function.
+
+    float32 Gumbel draws cut the tail: of 2^24 possible uniforms none is extreme enough for a
+    token of p = 1e-8, and rare tokens starve. A float64 uniform on a float64 cumulative sum has
+    the right frequencies far below anything that matters. `u` (...) are optional uniforms.
+    """
+    logits = logits.double() / max(temperature, 1e-8)
+    p = logits.softmax(-1)
+    if top_p < 1.0:  # nucleus: the smallest set of tokens whose mass reaches top_p
+        sorted_p, order = p.sort(-1, descending=True)
+        sorted_p = sorted_p * (sorted_p.cumsum(-1) - sorted_p < top_p)  # the first always stays
+        p = torch.zeros_like(p).scatter(-1, order, sorted_p)
+    cdf = p.cumsum(-1)
+    if u is None:
+        u = torch.rand(logits.shape[:-1], dtype=torch.float64, device=logits.device)
+    # searchsorted's right=True never returns a token of probability 0, not even for u = 0.
+    x = torch.searchsorted(cdf, (u.double() * cdf[..., -1])[..., None], right=True)[..., 0]
+    return x.clamp_max(logits.shape[-1] - 1)
+
+
+def gaussian_posterior(
+    z_t: Tensor, z_0: Tensor, a_t: Tensor, sigma_t: Tensor, a_s: Tensor, sigma_s: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of q(z_s | z_t, z_0), s < t, for any path z_t = a_t z_0 + sigma_t eps.
+
+    With a_ts = a_t / a_s and var_ts = sigma_t^2 - a_ts^2 sigma_s^2 (VDM, Eq. 25-29; CADD Eq. 17
+    in the variance-preserving case). Finite at t = 1, where a_t may be 0, and exactly (z_0, 0)
+    at s = 0, where sigma_s = 0. Coefficients broadcast against z.
+    """
+    a_ts = a_t / a_s
+    var_ts = sigma_t**2 - a_ts**2 * sigma_s**2
+    mean = a_ts * (sigma_s / sigma_t) ** 2 * z_t + a_s * var_ts / sigma_t**2 * z_0
+    return mean, var_ts * (sigma_s / sigma_t) ** 2
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Networks
+# ---------------------------------------------------------------------------------------------
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (RoFormer) of x (B, heads, L, d_head); cos, sin (L, d_head/2)."""
+    x1, x2 = x.float().chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], -1).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a weight and no bias, in float32."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), x.shape[-1:], self.weight)
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) in [0, 1] -> (B, d): 256 sines of 1000 t, two linear layers (DiT)."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+
+    def forward(self, t: Tensor) -> Tensor:
+        freqs = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
+        angles = 1000.0 * t.float()[:, None] * freqs  # (B, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+
+
+class DiTBlock(nn.Module):
+    """Pre-norm attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero)."""
+
+    def __init__(self, d: int, heads: int, cond_dim: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm1, self.norm2 = LayerNorm(d), LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d)
+        )
+        self.adaln = nn.Linear(cond_dim, 6 * d)
+
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, L, d = x.shape
+        # (B or 1, 1, 6d) -> six of (B or 1, 1, d)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, -1)
+        h = self.norm1(x) * (1 + scale1) + shift1
+        q, k, v = self.qkv(h).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        h = self.out(h.transpose(1, 2).reshape(B, L, d))
+        x = x + gate1 * F.dropout(h, self.dropout, self.training)
+        h = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x + gate2 * F.dropout(h, self.dropout, self.training)
+
+
+class DiT(nn.Module):
+    """Token-sequence transformer: ids (B, L) or embeddings (B, L, d) -> features (B, L, d).
+
+    The head is the caller's, so that logits are computed only where they are needed. At
+    12 x 768 x 12 heads, cond_dim 128, 50,258 rows and an untied head of as many classes this is
+    the 169.6M-parameter network of SEDD, MDLM and CADD.
+    """
+
+    def __init__(
+        self, rows: int, d: int, depth: int, heads: int, cond_dim: int = 128, dropout: float = 0.1
+    ):
+        super().__init__()
+        self.embed = nn.Embedding(rows, d)
+        self.time = TimeEmbedding(cond_dim)
+        self.blocks = nn.ModuleList(DiTBlock(d, heads, cond_dim, dropout) for _ in range(depth))
+        self.norm = LayerNorm(d)
+        self.adaln = nn.Linear(cond_dim, 2 * d)
+        self.d_head = d // heads
+        # Every block starts as the identity (adaLN-zero, DiT); embeddings start with standard
+        # deviation d^-1/2 / sqrt(3), norm 0.58, as MDLM's; linear layers keep PyTorch's default.
+        nn.init.uniform_(self.embed.weight, -(d**-0.5), d**-0.5)
+        for layer in [block.adaln for block in self.blocks] + [self.adaln]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: ids (B, L) or embeddings (B, L, d); t: (B,), or (1,) for one condition for all."""
+        h = self.embed(x) if not x.is_floating_point() else x
+        c = F.silu(self.time(t))
+        freqs = 1e4 ** (-torch.arange(0, self.d_head, 2, device=h.device) / self.d_head)
+        angles = torch.arange(h.shape[1], device=h.device)[:, None] * freqs  # (L, d_head/2)
+        cos, sin = angles.cos(), angles.sin()
+        for block in self.blocks:
+            h = block(h, c, cos, sin)
+        shift, scale = self.adaln(c)[:, None].chunk(2, -1)
+        return self.norm(h) * (1 + scale) + shift
+
+    def flops_per_token(self, L: int) -> float:
+        """Model FLOPs of a training step (forward + backward = 3 x 2 MACs) per token, no head."""
+        matmul = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        matmul -= sum(block.adaln.weight.numel() for block in self.blocks)  # per sequence
+        return 6.0 * matmul + 12.0 * len(self.blocks) * L * self.embed.weight.shape[1]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradient in one pass over chunks, so that the (M, V) logits never exist at once."""
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, target, scale, chunks):
+        need_grad = any(ctx.needs_input_grad[:3])
+        cast = torch.is_autocast_enabled(h.device.type)
+        dtype = torch.get_autocast_dtype(h.device.type) if cast else h.dtype
+        V, d = weight.shape
+        pad = -V % 64 if h.is_cuda else 0  # tensor cores want aligned rows: 50,257 -> 50,304
+        w = F.pad(weight.to(dtype), (0, 0, 0, pad))
+        full = torch.promote_types(dtype, torch.float32)  # logits and sums in float32 or better
+        b = F.pad(bias.to(full), (0, pad), value=-math.inf)  # the padding has probability 0
+        nll, dh, dw, db = [], [], torch.zeros_like(w, dtype=full), torch.zeros_like(b)
+        classes = torch.arange(V + pad, device=h.device)
+        parts = zip(h.to(dtype).chunk(chunks), target.chunk(chunks), scale.chunk(chunks))
+        with torch.autocast(h.device.type, enabled=False):
+            for h_i, target_i, scale_i in parts:
+                logits = (h_i @ w.T).to(full) + b
+                lse = logits.logsumexp(-1)
+                nll.append(lse - logits.gather(-1, target_i[:, None])[:, 0])
+                if need_grad:  # d nll / d logits = softmax - onehot
+                    g = (logits - lse[:, None]).exp() - (classes == target_i[:, None]).to(full)
+                    g = g * scale_i[:, None]
+                    db = db + g.sum(0)
+                    g = g.to(dtype)
+                    dh.append(g @ w)
+                    dw = dw + (g.T @ h_i).to(full)
+        nll = torch.cat(nll)
+        if need_grad:
+            ctx.save_for_backward(torch.cat(dh).to(h.dtype), dw[:V].to(weight.dtype),
+                                  db[:V].to(bias.dtype))
+        ctx.mark_non_differentiable(nll)
+        return (nll * scale).sum(), nll
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        dh, dw, db = ctx.saved_tensors
+        return dh * grad, dw * grad, db * grad, None, None, None
+
+
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, bias: Tensor, target: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """sum_i scale_i * nll_i and the nll (M,) in nats of softmax(h W^T + b), h (M, d), W (V, d).
+
+    At 33,000 masked positions and 50,257 classes the float32 logits alone would take 6.6 GB and
+    their gradient as much again; chunks of at most 2^28 logits keep the peak below 2 GB at no
+    extra FLOP, because each chunk's gradient is formed while its logits are there.
+    """
+    chunks = max(1, math.ceil(h.shape[0] * weight.shape[0] / 2**28))
+    return _LinearCrossEntropy.apply(h, weight, bias, target, scale, chunks)
+
+
+def masked_positions(masked: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Flat indices (capacity,) of the True entries of masked (B, L) first, and which are True.
+
+    A fixed size lets torch.compile keep one graph and spares the host from asking the GPU how
+    many there are. Callers choose a capacity that cannot be exceeded in practice.
+    """
+    flat = masked.flatten()
+    index = torch.argsort(flat.logical_not().to(torch.uint8), stable=True)[:capacity]
+    return index, flat[index]
+
+
+def mask_capacity(B: int, L: int) -> int:
+    """Room for the masked positions of B sequences whose low-discrepancy t are 1/B apart.
+
+    Their number has mean at most B L (1/2 + 1/B) and variance at most B L / 6; eight standard
+    deviations are exceeded once in 10^15 batches.
+    """
+    return min(B * L, math.ceil(B * L * (0.5 + 1.0 / B) + 8 * math.sqrt(B * L / 6)))
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. EMA and learning rate
+# ---------------------------------------------------------------------------------------------
+
+
+class EMA:
+    """Exponential moving average of parameters, kept as a copy that starts equal to them.
+
+    decay_n = min(decay, (1 + n) / (10 + n)) after n updates, so that short runs are not ruled by
+    their initial weights (as in MDLM). Buffers are not averaged: the networks here have none.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.names = [name for name, _ in model.named_parameters()]
+        self.live = [p for _, p in model.named_parameters()]
+        self.average = [p.detach().clone() for p in self.live]
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(self.average, self.live, 1.0 - decay)
+
+    @contextlib.contextmanager
+    def swapped_in(self):
+        """Within this block the model carries the averaged weights."""
+        live = [p.detach().clone() for p in self.live]
+        with torch.no_grad():
+            torch._foreach_copy_(self.live, self.average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.live, live)
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "params": dict(zip(self.names, self.average))}
+
+    def load_state_dict(self, state: dict) -> None:
+        if list(state["params"]) != self.names:
+            raise RunError("the checkpoint's EMA does not belong to this model")
+        self.updates = state["updates"]
+        for mine, theirs in zip(self.average, state["params"].values()):
+            mine.copy_(theirs)
+
+
+def learning_rate(step: int, peak: float, warmup: int, schedule: str, steps: int) -> float:
+    """Linear warm-up to `peak` over `warmup` steps, then "constant" or "cosine" down to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Configuration: one dataclass, its fields are the flags
+# ---------------------------------------------------------------------------------------------
+
+
+def arg(
+    default: Any, help: str, lo: float | None = None, hi: float | None = None,
+    choices: Sequence[str] | None = None, fixed: bool = False,
+) -> Any:
+    """A dataclass field that is also a flag: help text, closed range [lo, hi], choices.
+
+    `fixed` marks what defines the run: it cannot change when a checkpoint is resumed or sampled.
+    """
+    meta = dict(help=help, lo=lo, hi=hi, choices=choices, fixed=fixed)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """What every script needs; each script's Config adds its method."""
+
+    mode: str = arg("train", "what to do", choices=("train", "sample", "eval", "bench"))
+    out: str = arg("", "run folder (default runs/METHOD-DATASET)")
+    data_dir: str = arg("data", "where datasets are, or are downloaded to")
+    overwrite: bool = arg(False, "start anew although the run folder holds a checkpoint")
+    seed: int = arg(0, "seed of data order, noise and initialisation", 0, 2**31 - 1, fixed=True)
+    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    compile: bool = arg(True, "torch.compile on CUDA")
+    amp: str = arg("auto", "autocast: bf16, or none; auto is bf16 on CUDA",
+                   choices=("auto", "bf16", "none"))
+    minutes: float = arg(0.0, "stop training after so many minutes, over all resumes; 0: never",
+                         0, 1e6)
+    log_every: int = arg(50, "steps between lines of log.jsonl", 1, 10**9)
+    save_every: int = arg(2000, "steps between checkpoints", 1, 10**9)
+
+
+def _flag_value(field: dataclasses.Field, text: str) -> Any:
+    """Parse and check one flag's value; argparse turns the ValueError into a message."""
+    kind = type(field.default)
+    lo, hi, choices = (field.metadata[k] for k in ("lo", "hi", "choices"))
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of type {kind.__name__}") from None
+    if choices is not None and value not in choices:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}")
+    too_low = lo is not None and not value >= lo  # `not >=` also refuses nan
+    if too_low or (hi is not None and value > hi):
+        low, high = (x if isinstance(x, int) else f"{x:g}" for x in (lo, hi))
+        raise argparse.ArgumentTypeError(f"{text} is out of range: {low} to {high}")
+    return value
+
+
+def parse_config(
+    cls: type, method: str, doc: str, presets: dict[str, dict], argv: list[str] | None = None
+) -> tuple[Any, set[str]]:
+    """Command line -> config: dataclass defaults < the dataset's preset < flags.
+
+    Returns the config and the names of the flags that were given. In modes sample and eval the
+    checkpoint's own configuration takes the place of the preset. Presets are keyed by dataset;
+    the key "path" serves folders. Exits with code 2 and one line on unknown or invalid flags.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"{method}.py", description=doc, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for field in dataclasses.fields(cls):
+        default = "" if field.default in ("", False) else f" (default {field.default})"
+        kwargs: dict[str, Any] = dict(
+            default=argparse.SUPPRESS,
+            help=(field.metadata["help"] + default).replace("%", "%%"),
+        )
+        if type(field.default) is bool:
+            kwargs["action"] = argparse.BooleanOptionalAction
+        else:
+            kwargs["type"] = lambda text, field=field: _flag_value(field, text)
+            kwargs["metavar"] = (
+                "{" + ",".join(field.metadata["choices"]) + "}"
+                if field.metadata["choices"] else type(field.default).__name__.upper()
+            )
+        parser.add_argument(f"--{field.name}", **kwargs)
+    given = vars(parser.parse_args(argv))
+    dataset = given.get("dataset", next(f.default for f in dataclasses.fields(cls)
+                                        if f.name == "dataset"))
+    key = dataset if dataset in presets else "path"
+    if key == "path" and not os.path.isdir(dataset) and not dataset.endswith(".npy"):
+        names = ", ".join(k for k in presets if k != "path")
+        raise RunError(f"unknown dataset {dataset!r}: choose one of {names}, or give a folder "
+                       "with train.txt and valid.txt")
+    cfg = cls(**{**presets[key], **given, "dataset": dataset})
+    if not cfg.out:
+        cfg.out = f"runs/{method}-{Path(dataset).resolve().name if key == 'path' else dataset}"
+    if cfg.mode in ("sample", "eval"):
+        saved = read_checkpoint(Path(cfg.out) / "checkpoint.pt", method)["config"]
+        check_same_run(saved, given, cls)
+        own = {f.name for f in dataclasses.fields(cls)}
+        kept = {k: v for k, v in saved.items() if k in own and k not in ("mode", "out", "device")}
+        cfg = cls(**{**kept, **given, "out": cfg.out})
+    return cfg, set(given)
+
+
+def check_same_run(saved: dict, wanted: dict, cls: type) -> None:
+    """Refuse to continue a run with other values of the fields that define it."""
+    for field in dataclasses.fields(cls):
+        name = field.name
+        if field.metadata["fixed"] and name in wanted and saved.get(name) != wanted[name]:
+            raise RunError(
+                f"this run was made with --{name} {saved.get(name)}, not {wanted[name]}: "
+                "drop that flag, choose another --out, or start anew with --overwrite"
+            )
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Processes, devices, noise
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Setup:
+    """This process's place: rank of world, its device, its autocast context."""
+
+    rank: int
+    world: int
+    device: torch.device
+    amp: bool
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of x over ranks, on the device, without waiting for it."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is on one (waits for all ranks)."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
+
+
+def setup(cfg: RunConfig) -> Setup:
+    """Device, precision and, under torchrun, the process group (nccl on GPUs, gloo on CPUs)."""
+    cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise RunError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    amp = cfg.amp == "bf16" or (cfg.amp == "auto" and cuda)
+    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
+    return Setup(rank, world, device, amp)
+
+
+def micro_batches(batch_size: int, micro_batch: int, place: Setup) -> list[Tensor]:
+    """This rank's sample indices within the global batch, one tensor per accumulation step.
+
+    The global batch stays the same on any number of ranks: `micro_batch` is only the most that
+    one device takes at once. Indices are interleaved, so that each micro-batch covers the whole
+    range of low-discrepancy times. Raises RunError if the batch does not divide evenly.
+    """
+    if batch_size % place.world:
+        raise RunError(f"--batch_size {batch_size} must be a multiple of the number of "
+                       f"processes, {place.world}")
+    share = batch_size // place.world
+    parts = -(-share // micro_batch)
+    while share % parts:
+        parts += 1
+    groups = parts * place.world
+    return [torch.arange(k * place.world + place.rank, batch_size, groups) for k in range(parts)]
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed from integers (seed, step, sample, ...): near ones give unrelated streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def sample_noise(
+    seed: int, step: int, index: Tensor, device: torch.device, *kinds: tuple[str, tuple[int, ...]]
+) -> list[Tensor]:
+    """Noise for the samples `index` of a global batch: each sample has a stream of its own.
+
+    `kinds` are ("uniform" | "normal", shape per sample); the result has one tensor (B, *shape)
+    for each. A sample's noise depends on (seed, step, its index) alone, so the number of ranks
+    and the micro-batch size change nothing.
+    """
+    generator = torch.Generator(device)
+    out = [torch.empty(len(index), *shape, device=device) for _, shape in kinds]
+    base = mix(seed, step)
+    for row, i in enumerate(index.tolist()):
+        generator.manual_seed(base ^ (i * 0x9E3779B97F4A7C15 & 2**63 - 1))
+        for (kind, _), tensor in zip(kinds, out):
+            draw = tensor[row].uniform_ if kind == "uniform" else tensor[row].normal_
+            draw(generator=generator)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Checkpoints, logs, progress
+# ---------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Save atomically: a crash or a full disk leaves the previous checkpoint as it was."""
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": "catdiff-1", **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        kept = "the previous checkpoint is intact" if path.exists() else "nothing was saved"
+        raise RunError(f"could not save {path} ({error}): {kept}; free some disk space and run "
+                       "the same command again") from error
+
+
+def read_checkpoint(path: Path, method: str, device: str | torch.device = "cpu") -> dict:
+    """Load a checkpoint of `method` with weights_only=True, or say what is wrong with it."""
+    if not path.exists():
+        raise RunError(f"no checkpoint at {path}: train first, or point --out at a run folder")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for truncated and foreign files
+        raise RunError(f"{path} is truncated or not a checkpoint ({type(error).__name__}): "
+                       "restore it from a copy, or start anew with --overwrite") from error
+    if not isinstance(state, dict) or state.get("format") != "catdiff-1":
+        raise RunError(f"{path} is not a checkpoint of this project")
+    if state["method"] != method:
+        raise RunError(f"{path} is a checkpoint of {state['method']}.py, not of {method}.py")
+    return state
+
+
+def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
+    """Strict loading; one line names the first differences."""
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise RunError(f"{path} does not fit this model: {detail}") from error
+
+
+def rng_states(place: Setup) -> list[dict]:
+    """The random state of every rank (for dropout: all other noise is a function of the step)."""
+    mine = {"cpu": torch.get_rng_state()}
+    if place.device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state(place.device)
+    if place.world == 1:
+        return [mine]
+    states: list[Any] = [None] * place.world
+    dist.all_gather_object(states, mine)
+    return states
+
+
+def restore_rng(states: list[dict], place: Setup, step: int) -> None:
+    """Exact on the same number of ranks; another layout starts fresh dropout streams."""
+    if len(states) == place.world:
+        torch.set_rng_state(states[place.rank]["cpu"].cpu())
+        if place.device.type == "cuda" and "cuda" in states[place.rank]:
+            torch.cuda.set_rng_state(states[place.rank]["cuda"].cpu(), place.device)
+    else:
+        torch.manual_seed(mix(step, place.rank))
+
+
+def environment(place: Setup) -> dict:
+    """Commit, versions and hardware, for logs and results."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        run = dict(capture_output=True, text=True, check=True, timeout=10)
+        commit = subprocess.run(git + ["rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+        status = git + ["status", "--porcelain", "--untracked-files=no"]
+        commit += "+changes" if subprocess.run(status, **run).stdout.strip() else ""
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"
+    if place.device.type == "cuda":
+        hardware = f"{place.world} x {torch.cuda.get_device_name(place.device)}"
+    else:
+        hardware = f"{place.world} x CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    return dict(commit=commit, python=platform.python_version(), torch=torch.__version__,
+                hardware=hardware)
+
+
+PEAK_BF16 = {  # dense bf16 FLOP/s by the vendor's data sheets, without sparsity
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12,
+}
+
+
+def utilisation(flops_per_s: float, place: Setup) -> float | None:
+    """Model FLOP/s over the devices' peak, None where the peak is not known."""
+    if place.device.type != "cuda" or not place.amp:
+        return None
+    name = torch.cuda.get_device_name(place.device)
+    peak = next((v for k, v in PEAK_BF16.items() if k in name), None)
+    return flops_per_s / (peak * place.world) if peak else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Indented JSON, atomically."""
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+class Progress:
+    """Bar on the terminal and log.jsonl in the run folder; the first line says what ran."""
+
+    def __init__(self, out: Path, place: Setup, start: dict, step: int, steps: int, keep: bool):
+        self.place, self.bar, self.file = place, None, None
+        if place.is_main:
+            self.file = open(out / "log.jsonl", "a" if keep else "w")
+            self.write({"start": start, "step": step})
+            quiet = not sys.stderr.isatty()
+            self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True,
+                            mininterval=10 if quiet else 0.2)
+
+    def write(self, record: dict) -> None:
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+
+    def advance(self, step: int) -> None:
+        if self.bar:
+            self.bar.update(step - self.bar.n)
+
+    def log(self, record: dict, shown: dict) -> None:
+        """Append `record` to the log and show `shown` beside the bar."""
+        self.write(record)
+        if self.bar:
+            self.bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()
+            self.file.close()
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the loop to save and end; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call main; a RunError (or a ValueError of data.py) becomes one line and exit code 1."""
+    try:
+        main()
+    except (RunError, ValueError, FileNotFoundError) as error:
+        if os.environ.get("CATDIFF_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
