@@ -1,0 +1,953 @@
+"""Text data: one class that hands out batches, and one recipe per data set.
+
+    python data.py pydoc                      # no download: prepares the set and describes it
+    python data.py text8 --data_dir data      # downloads 31 MB
+    python data.py my/folder                  # train / valid / test as .txt, .txt.xz or .npy
+
+Every set ends as arrays of token ids, one file per split, memory-mapped. A split is either a
+stream (N,), cut into sequences of any length L when it is read, or rows (N, L) that were cut when
+the set was prepared. Ids 0..V-1 are the data's symbols; [MASK] is V, one past them.
+"""
+import argparse
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import urllib.request
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+
+class DataError(ValueError):
+    """A problem with the data that the user can solve; the message says how."""
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclass
+class TextData:
+    """One data set, ready to be read. Shapes: L = `length`, V = `vocab_size`."""
+
+    name: str
+    vocab_size: int  # V: the symbols a model may produce, ids 0..V-1
+    length: int  # L: tokens per sequence
+    unit: str  # what one id is: "char", "byte" or "token"
+    splits: dict[str, np.ndarray]  # "train", "valid", "test" -> (N,) stream or (N, L) rows
+    codec: "Codec"  # text <-> ids
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    _epochs: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises DataError if special ids collide, or if rows have another length than L."""
+        special = [i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None]
+        if any(not 0 <= i < self.vocab_size for i in special):
+            raise DataError(f"{self.name}: special ids {special} must be below {self.vocab_size}")
+        # GPT-2 has one id for bos and eos. Padding is left out of every loss: it must stand alone.
+        if self.pad_id is not None and self.pad_id in (self.bos_id, self.eos_id):
+            raise DataError(f"{self.name}: pad_id {self.pad_id} must differ from bos_id and eos_id")
+        if self.length < 1:
+            raise DataError(f"{self.name}: length must be at least 1, not {self.length}")
+        for split, tokens in self.splits.items():
+            if tokens.ndim == 2 and tokens.shape[1] != self.length:
+                raise DataError(f"{self.name}: {split} has rows of {tokens.shape[1]} tokens; "
+                                f"use that length, not {self.length}")
+
+    @property
+    def mask_id(self) -> int:
+        return self.vocab_size
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text to ids (n,) int64. Raises DataError at a character the vocabulary lacks."""
+        return self.codec.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids (n,) to text; [MASK] is shown as "_"."""
+        ids = np.asarray(ids).reshape(-1)
+        runs = np.split(ids, np.flatnonzero(np.diff(ids == self.mask_id)) + 1)
+        return "".join("_" * len(run) if self.mask_id in run else self.codec.decode(run)
+                       for run in runs)
+
+    def tokenizer(self) -> dict:
+        """All but the splits, in plain types: what a checkpoint keeps to be sampled from alone."""
+        keys = ("name", "vocab_size", "length", "unit", "bos_id", "eos_id", "pad_id")
+        kept = {key: getattr(self, key) for key in keys}
+        return kept | {"codec": self.codec.kind, "vocab": self.codec.vocab}
+
+    @classmethod
+    def from_tokenizer(cls, kept: dict, splits: dict[str, np.ndarray] | None = None) -> "TextData":
+        """The inverse of `tokenizer`."""
+        codec = CODECS[kept["codec"]](kept["vocab"])
+        rest = {key: value for key, value in kept.items() if key not in ("codec", "vocab")}
+        return cls(splits=splits or {}, codec=codec, **rest)
+
+    def num_sequences(self, split: str) -> int:
+        """Sequences that `eval_batches` yields. A stream's tail shorter than L is not scored."""
+        tokens = self._tokens(split)
+        return len(tokens) if tokens.ndim == 2 else len(tokens) // self.length
+
+    def train_batch(self, seed: int, step: int, batch_size: int, indices: Sequence[int]
+                    ) -> np.ndarray:
+        """Rows `indices` of the global batch of `step`: (len(indices), L) int64.
+
+        Sample i of step k is number k * batch_size + i of an endless sequence of epochs, so a
+        batch depends neither on the number of processes nor on what was asked before.
+        """
+        indices = np.asarray(indices, dtype=np.int64)  # (b,)
+        if indices.size and not 0 <= indices.min() <= indices.max() < batch_size:
+            raise DataError(f"indices must lie in 0..{batch_size - 1}, the global batch")
+        tokens = self._tokens("train")
+        epochs, places = np.divmod(step * batch_size + indices, self._windows_per_epoch())
+        batch = np.empty((len(indices), self.length), dtype=np.int64)
+        for epoch in np.unique(epochs):  # one, or two where the batch straddles epochs
+            here = epochs == epoch
+            offset, order = self._epoch(seed, int(epoch))
+            batch[here] = self._gather(tokens, order[places[here]], offset)
+        return batch
+
+    def eval_batches(self, split: str, batch_size: int, limit: int | None = None, start: int = 0,
+                     stride: int = 1) -> Iterator[np.ndarray]:
+        """Yields (b, L) int64: the split in order, each window once, the last batch smaller.
+
+        `limit`: at most so many sequences, spread evenly over the split. `start`, `stride`: every
+        stride-th of them from the start-th on, for process `start` of `stride`.
+        """
+        tokens, total = self._tokens(split), self.num_sequences(split)
+        if total == 0:
+            raise DataError(f"{self.name}: {split} is shorter than one sequence of {self.length}")
+        count = total if limit is None else min(limit, total)
+        chosen = (np.arange(count) * total // max(count, 1))[start::stride]
+        for i in range(0, len(chosen), batch_size):
+            yield self._gather(tokens, chosen[i:i + batch_size])
+
+    def _tokens(self, split: str) -> np.ndarray:
+        if split not in self.splits:
+            raise DataError(f"{self.name} has no {split!r} split; it has {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def _gather(self, tokens: np.ndarray, windows: np.ndarray, offset: int = 0) -> np.ndarray:
+        if tokens.ndim == 1:  # (b, 1) + (L,) -> (b, L)
+            windows = offset + windows[:, None] * self.length + np.arange(self.length)
+        return np.asarray(tokens[windows], dtype=np.int64)
+
+    def _windows_per_epoch(self) -> int:
+        tokens = self._tokens("train")
+        if tokens.ndim == 2:
+            return len(tokens)
+        if len(tokens) < self.length:
+            raise DataError(f"{self.name}: train has {len(tokens)} tokens; choose a length below")
+        # One window fewer than fits leaves room to shift the cuts, at least L - 1 places.
+        return max(1, (len(tokens) - self.length + 1) // self.length)
+
+    def _epoch(self, seed: int, epoch: int) -> tuple[int, np.ndarray]:
+        """Where the first window begins, and the order of the windows: functions of both."""
+        if (seed, epoch) not in self._epochs:
+            tokens, count = self._tokens("train"), self._windows_per_epoch()
+            rng = np.random.Generator(np.random.PCG64([seed, epoch]))
+            # Up to the whole remainder, so that every token is seen in some epoch.
+            spare = len(tokens) - count * self.length if tokens.ndim == 1 else 0
+            while len(self._epochs) > 1:  # keep two: a batch may straddle them
+                self._epochs.pop(next(iter(self._epochs)))
+            self._epochs[seed, epoch] = int(rng.integers(spare + 1)), rng.permutation(count)
+        return self._epochs[seed, epoch]
+
+
+# ---------------------------------------------------------------- text <-> ids
+
+
+class Codec:
+    """Text (str) <-> ids (n,) int64. `kind` and `vocab`, in plain types, rebuild it by CODECS."""
+
+    kind = ""
+
+    def __init__(self, vocab: str | list[str] | None = None) -> None:
+        self.vocab = vocab
+
+    def encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode(self, ids: np.ndarray) -> str:
+        raise NotImplementedError
+
+
+class CharCodec(Codec):
+    """One id per character: its place in the string `vocab`."""
+
+    kind = "char"
+
+    def __init__(self, vocab: str) -> None:
+        super().__init__(vocab)
+        self.points = code_points(vocab)  # (V,)
+        self.table = np.full(0x110000, -1, dtype=np.int32)  # code point -> id
+        self.table[self.points] = np.arange(len(vocab))
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = self.table[code_points(text)]
+        if len(ids) and ids.min() < 0:
+            at = int(np.argmax(ids < 0))
+            raise DataError(f"character {text[at]!r} at offset {at} is not in the vocabulary; "
+                            "remove it, or let the training text contain it")
+        return ids.astype(np.int64)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self.points[ids].tobytes().decode("utf-32-le")
+
+
+class ByteCodec(Codec):
+    """One id per byte of the UTF-8 text."""
+
+    kind = "byte"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return ids.astype(np.uint8).tobytes().decode(errors="replace")
+
+
+class GPT2Codec(Codec):
+    """GPT-2's byte-pair encoding, by tiktoken; loaded when first used."""
+
+    kind = "gpt2"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(gpt2_encoder().encode_ordinary(text), dtype=np.int64)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return gpt2_encoder().decode(ids.tolist())
+
+
+class WordPieceCodec(Codec):
+    """BERT's WordPiece, lower-cased, with a list `vocab`; `tokenizers` is needed to encode only."""
+
+    kind = "wordpiece"
+    tokenizer = None
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        if self.tokenizer is None:
+            self.tokenizer = wordpiece_tokenizer(self.vocab)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in
+                self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: np.ndarray) -> str:
+        words = (self.vocab[i] for i in ids)
+        return " ".join(word for word in words if word != "[PAD]").replace(" ##", "")
+
+
+class IdCodec(Codec):
+    """For arrays of ids whose meaning we do not know: "3 1 4" <-> [3, 1, 4]."""
+
+    kind = "id"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([int(word) for word in text.split()], dtype=np.int64)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return " ".join(str(i) for i in ids)
+
+
+CODECS = {codec.kind: codec for codec in Codec.__subclasses__()}
+
+
+def code_points(text: str) -> np.ndarray:
+    """(n,) uint32."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def gpt2_encoder():
+    """tiktoken's GPT-2 encoder. Raises DataError if its vocabulary cannot be had."""
+    import tiktoken
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever its HTTP library raises
+        raise DataError(f"cannot get GPT-2's vocabulary ({type(error).__name__}): connect once, or "
+                        "set TIKTOKEN_CACHE_DIR to a folder that holds it") from error
+
+
+def wordpiece_tokenizer(vocab: list[str]):
+    """The Rust tokenizer of bert-base-uncased. Raises DataError if it is not installed."""
+    try:
+        from tokenizers import BertWordPieceTokenizer
+    except ImportError as error:
+        raise DataError("WordPiece needs one more package: pip install tokenizers") from error
+    return BertWordPieceTokenizer({word: i for i, word in enumerate(vocab)}, lowercase=True)
+
+
+# ---------------------------------------------------------------- files
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(url: str, path: str | Path, sha256: str | None = None, size: int | None = None
+             ) -> Path:
+    """Fetches `url` into `path`; a broken download continues from `path`.part.
+
+    The environment's CATDIFF_MIRROR replaces all of the URL but the file's name. `size` in bytes.
+    Raises DataError if the file cannot be had or is not the one expected.
+    """
+    path = Path(path)
+    if mirror := os.environ.get("CATDIFF_MIRROR"):
+        url = mirror.rstrip("/") + "/" + url.rsplit("/", 1)[1]
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            if response.status != 206:  # the server sends the file from its beginning
+                have = 0
+            rest = response.headers["Content-Length"]
+            total = have + int(rest) if rest else size
+            known = f"{total / 1e6:.1f} MB" if total else "size unknown"
+            print(f"downloading {path.name} ({known}) from {url}", file=sys.stderr)
+            bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name)
+            with bar, open(part, "ab" if have else "wb") as file:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except OSError as error:
+        if getattr(error, "code", None) == 416:  # .part is longer than the file: not a part of it
+            part.unlink()
+            return download(url, path, sha256, size)
+        raise DataError(f"cannot download {url} ({error}); run again, or put {path.name} at "
+                        f"{path} yourself") from error
+    if total and part.stat().st_size < total:
+        raise DataError(f"{url} broke off after {part.stat().st_size} of {total} bytes; run again "
+                        "to continue")
+    if sha256 and (got := sha256_of(part)) != sha256:
+        part.unlink()
+        raise DataError(f"{url} is not the file expected: sha256 is {got}, expected {sha256}; "
+                        "removed it")
+    os.replace(part, path)
+    return path
+
+
+def cache_folder() -> Path:
+    """Where prepared sets go when `data_dir` cannot be written."""
+    return Path(os.environ.get("CATDIFF_CACHE", Path.home() / ".cache" / "catdiff"))
+
+
+def writable(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    # The mode bits count for root too, who could write anywhere.
+    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """One process at a time holds `path`; yields False where the file system knows no locks.
+
+    The system itself frees the lock of a process that dies, so none is ever stale.
+    """
+    with open(path, "w") as file:
+        try:
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process to free {path}", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
+        except (ImportError, OSError):
+            alone = False  # each process then builds its own copy, and the renames are atomic
+        yield alone
+
+
+@dataclass
+class Workshop:
+    """What a recipe works with: where raw files may lie, where to put arrays, which length."""
+
+    folders: list[Path]  # searched for raw files
+    downloads: Path
+    out: Path
+    length: int
+    shapes: dict[str, list[int]] = field(default_factory=dict)  # of the splits written
+    largest: int = 0  # id written
+
+    def find(self, file: str) -> Path | None:
+        return next((f / file for f in self.folders if (f / file).exists()), None)
+
+    def fetch(self, url: str, sha256: str | None = None, size: int | None = None) -> Path:
+        """The raw file, found or downloaded. Raises DataError if it is not the one expected."""
+        file = url.rsplit("/", 1)[1]
+        if self.find(file) is None:
+            self.downloads.mkdir(parents=True, exist_ok=True)
+            with locked(self.downloads / ".downloading"):
+                if self.find(file) is None:  # another process may have fetched it
+                    return download(url, self.downloads / file, sha256, size)
+        path = self.find(file)
+        if sha256 and (got := sha256_of(path)) != sha256:
+            raise DataError(f"{path} is not the file expected: sha256 is {got}, expected "
+                            f"{sha256}; move it away to have it downloaded")
+        return path
+
+    def write(self, split: str, arrays: Iterable[np.ndarray], dtype: type, row: tuple = ()) -> None:
+        """Appends `arrays`, each (n, *row), to one .npy file: the whole may exceed memory."""
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False}
+        count = 0
+        with open(self.out / f"{split}.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (0, *row)})
+            begin = file.tell()
+            for array in filter(len, arrays):
+                file.write(array.astype(dtype).tobytes())
+                count += len(array)
+                self.largest = max(self.largest, int(array.max()))
+            file.seek(0)  # numpy leaves room in the header for the count to grow
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (count, *row)})
+            assert file.tell() == begin
+        self.shapes[split] = [count, *row]
+
+    def write_text(self, split: str, text: str, codec: CharCodec) -> None:
+        pieces = (text[i:i + (1 << 22)] for i in range(0, len(text), 1 << 22))
+        self.write(split, (codec.encode(piece) for piece in pieces), np.uint8)
+
+
+# ---------------------------------------------------------------- recipes: characters and bytes
+
+# text8's alphabet. The space is id 0, as in any sorted vocabulary.
+LETTERS = " abcdefghijklmnopqrstuvwxyz"
+DIGITS = str.maketrans({str(i): f" {word} " for i, word in enumerate(
+    "zero one two three four five six seven eight nine".split())})
+
+
+def normalise(text: str) -> str:
+    """To text8's alphabet: lower case, digits spelled out, any other run is one space."""
+    return re.sub("[^a-z]+", " ", text.lower().translate(DIGITS)).strip()
+
+
+def char_tokenizer(characters: str) -> dict:
+    return {"unit": "char", "codec": "char", "vocab": characters, "vocab_size": len(characters)}
+
+
+def cut(text: str) -> dict[str, str]:
+    """90 / 5 / 5 % of the characters."""
+    a, b = len(text) * 90 // 100, len(text) * 95 // 100
+    return {"train": text[:a], "valid": text[a:b], "test": text[b:]}
+
+
+def build_pydoc(shop: Workshop) -> dict:
+    """The prose of Python's language reference, which comes with Python as help() topics."""
+    from pydoc_data.topics import topics
+    paragraphs = []
+    for topic in sorted(topics):
+        for paragraph in topics[topic].split("\n\n"):
+            # Grammar, sessions and code blocks go: prose is nearly all letters and spaces.
+            prose = sum(c.isalpha() or c.isspace() for c in paragraph) > 0.88 * len(paragraph)
+            if prose and "::=" not in paragraph and ">>>" not in paragraph:
+                paragraphs.append(normalise(paragraph))
+    # Topics repeat one another: paragraphs, not topics, are split, each one kept once.
+    paragraphs = [p for p in dict.fromkeys(paragraphs) if p.count(" ") >= 5]
+    random.Random(0).shuffle(paragraphs)  # so that the splits are alike
+    for split, text in cut(" ".join(paragraphs)).items():
+        shop.write_text(split, text, CharCodec(LETTERS))
+    return char_tokenizer(LETTERS)
+
+
+PYCODE_LIMIT = 10_000_000  # bytes
+PYCODE_SKIPPED = {  # not ours, tests, or tables rather than code
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings"}
+
+
+def build_pycode(shop: Workshop) -> dict:
+    """The sources of Python's own library; a file's split is a hash of its name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts: dict[str, list[np.ndarray]] = {"train": [], "valid": [], "test": []}
+    total = 0
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        name = path.relative_to(root).as_posix()
+        if PYCODE_SKIPPED & set(name.split("/")) or total + path.stat().st_size > PYCODE_LIMIT:
+            continue
+        place = hashlib.sha256(name.encode()).digest()[0] % 20
+        split = {0: "valid", 1: "test"}.get(place, "train")
+        texts[split].append(np.frombuffer(path.read_bytes() + b"\n", dtype=np.uint8))
+        total += len(texts[split][-1])
+    for split, arrays in texts.items():
+        shop.write(split, arrays, np.uint8)
+    return {"unit": "byte", "codec": "byte", "vocab": None, "vocab_size": 256}
+
+
+def build_shakespeare(shop: Workshop) -> dict:
+    """nanoGPT's character benchmark: first 90% train, last 10% valid. There is no test split."""
+    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    text = shop.fetch(url + "input.txt", sha256, 1_115_394).read_bytes().decode()
+    characters, cut_at = "".join(sorted(set(text))), len(text) * 9 // 10
+    shop.write_text("train", text[:cut_at], CharCodec(characters))
+    shop.write_text("valid", text[cut_at:], CharCodec(characters))
+    return char_tokenizer(characters) | {"alias": {"test": "valid"}}
+
+
+def build_text8(shop: Workshop) -> dict:
+    """100M characters of Wikipedia: the first 90M train, 5M valid, 5M test."""
+    if path := shop.find("text8"):
+        text = path.read_bytes().decode("ascii", "replace")
+    else:
+        sha256 = "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"
+        path = shop.fetch("http://mattmahoney.net/dc/text8.zip", sha256, 31_344_016)
+        text = zipfile.ZipFile(path).read("text8").decode("ascii")
+    if len(text) != 100_000_000:
+        raise DataError(f"{path} has {len(text)} characters, not text8's 100,000,000; remove it")
+    for split, part in cut(text).items():
+        shop.write_text(split, part, CharCodec(LETTERS))
+    return char_tokenizer(LETTERS)
+
+
+NLTK_URL = "https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/packages/corpora/"
+ENGLISH27_ARCHIVES = {  # in the order of the recipe; sha256
+    "abc": "129bb6001beb828049a90a59b7dd3c2f0594a47012e48fc5177dfae38e658565",
+    "brown": "9b275f9b3b95d7bd66ccfb7cd259f445a13bbe5d1f4107aba09fd3e8364bafa6",
+    "genesis": "0cac241f88d7999f81a45e26b1764b2d1f3b4d21654aa954e0d5349eb4784cd0",
+    "inaugural": "7c5fb5793e31fbeae12bf1aa0ffda5336468f07cedb50654c6d31ca384e2046b",
+    "masc_tagged": "678a5141cf3381bedb1839c58a330507337be07c7c71603279c0ef5337032304",
+    "movie_reviews": "a41211ae685019137410268134db6a1a14428c89b671eb83056151a878539008",
+    "pil": "0538ee1d94de616004fd2434cf03840dffab5507cf8b56725b6ef82b572deb76",
+    "product_reviews_1": "627bfb0bb7c87586246d99b4402c3d7e4fb77ac14559d8695c283bd6850615ac",
+    "product_reviews_2": "272b08fe130882e5867aa7ecc69a65616099183c4ccc10374a62c271801b0bc1",
+    "sentence_polarity": "6e1ed4405b65c7eabf1d199a7f7c437091ac21da0ea7467b410a74062574566b",
+    "shakespeare": "f1251d8c254710363254ba29c9dc0888d5cb13d5ac736ebc6fb14380f447cfc3",
+    "state_union": "366c1dc82b2abf896f42b2ec50ba802a0141a29f75d29ca48a7a243ce5bfbe8d",
+    "subjectivity": "741f3371e1a4375051b874fd82fd55857b90975473c91c19a3101cbe17fc4d8c",
+    "treebank": "9da92d76c3666cfb6cddeaed0f7e86b344cce0f0928a286d439e555f19c37399",
+    "webtext": "9e32dbae4879464b8f420a0dc721855bb26167b720d7695588d2ca2aeadf501a"}
+ENGLISH27_SHA256 = {  # of the plain texts
+    "train": "d71a8ebaee89b65076a0a1aec93178823b1aae7587b63650909d1639980df51a",
+    "valid": "0f0dd410df693599ca5e805f3e6de3bcd513a0edb0b755e014e620f75bca5647",
+    "test": "6ea6ab49d5db79eb3c1d70afcb5c533b7bae6e510ada5116cf068246111678a8"}
+ENGLISH27_KEPT = {  # archive -> pattern that a file's whole path must match
+    "brown": r".*/c[a-r]\d\d", "genesis": r".*/english[^/]*", "pil": r".*\.sgml",
+    "masc_tagged": r".*/(?!categories\.txt$)[^/]*\.txt", "shakespeare": r".*\.xml",
+    "treebank": r".*/raw/wsj_.*"}
+ENGLISH27_CLEANED = {  # archive -> pattern, replacement: tags and markup go
+    "brown": (r"(\S+)/\S+", r"\1"), "masc_tagged": (r"(\S+)_\S+", r"\1"),
+    "pil": (r"<[^>]*>|&[a-z0-9]+;", " "), "shakespeare": (r"<[^>]*>|&[a-z0-9]+;", " "),
+    "treebank": (r"\.START", " "), "product_reviews_1": (r"(?m)^.*?##", " "),
+    "product_reviews_2": (r"(?m)^.*?##", " ")}
+
+
+def english27_documents(corpus: str, path: Path) -> Iterator[str]:
+    """The normalised documents of one NLTK archive, those of at least 200 characters."""
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(n for n in archive.namelist() if not n.endswith("/")):
+            file = name.rsplit("/", 1)[-1]
+            if corpus in ENGLISH27_KEPT:
+                kept = re.fullmatch(ENGLISH27_KEPT[corpus], name)
+            else:
+                kept = "readme" not in file.lower() and not file.startswith(".")
+            if kept:
+                text = archive.read(name).decode("latin-1")
+                text = normalise(re.sub(*ENGLISH27_CLEANED.get(corpus, ("^$", "")), text))
+                if len(text) >= 200:
+                    yield text
+
+
+def build_english27(shop: Workshop) -> dict:
+    """33M characters of free English corpora in text8's alphabet, from 15 NLTK archives."""
+    given = {s: shop.find(f"{s}.txt.xz") for s in ENGLISH27_SHA256}
+    if all(given.values()):
+        splits = {s: lzma.open(path, "rt").read() for s, path in given.items()}
+    else:
+        documents = []
+        for corpus, sha256 in ENGLISH27_ARCHIVES.items():
+            path = shop.fetch(f"{NLTK_URL}{corpus}.zip", sha256)
+            documents.extend(english27_documents(corpus, path))
+        random.Random(0).shuffle(documents)
+        splits = cut(" ".join(documents))
+    for split, text in splits.items():
+        got = hashlib.sha256(text.encode()).hexdigest()
+        if got != ENGLISH27_SHA256[split]:
+            raise DataError(f"{given[split] or split} is not english27's text: the sha256 of what "
+                            f"it holds is {got}, expected {ENGLISH27_SHA256[split]}; remove it")
+        shop.write_text(split, text, CharCodec(LETTERS))
+    return char_tokenizer(LETTERS)
+
+
+# ---------------------------------------------------------------- recipes: tokens
+
+
+def groups(items: Iterable, size: int) -> Iterator[list]:
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def pack(documents: Iterable[np.ndarray], length: int, bos: int, eos: int) -> Iterator[np.ndarray]:
+    """Documents (n,), ended by their eos, to rows (k, length): bos, length - 2 tokens, eos.
+
+    They are concatenated over the whole split: cut per shard, each shard's remainder would be
+    lost and the rows would depend on the number of shards. Only the split's own tail is dropped.
+    """
+    rest = np.empty(0, dtype=np.int64)
+    for group in groups(documents, 1000):
+        stream = np.concatenate([rest, *group])
+        count = len(stream) // (length - 2)
+        used = count * (length - 2)
+        rows = np.empty((count, length), dtype=np.int64)
+        rows[:, 0], rows[:, -1] = bos, eos
+        rows[:, 1:-1] = stream[:used].reshape(count, length - 2)
+        rest = stream[used:]
+        yield rows
+
+
+def pad(sentences: Iterable[np.ndarray], length: int, bos: int, eos: int, pad_id: int
+        ) -> Iterator[np.ndarray]:
+    """Sentences (n,) to rows (k, length): bos, sentence, eos, padding; long ones are cut."""
+    for group in groups(sentences, 1000):
+        rows = np.full((len(group), length), pad_id, dtype=np.int64)
+        for row, sentence in zip(rows, group):
+            sentence = sentence[:length - 2]
+            row[:len(sentence) + 2] = [bos, *sentence, eos]
+        yield rows
+
+
+OWT_URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/"
+# The last revision we know with the original archives; later ones hold Parquet files instead.
+OWT_URL += "f3808c30e817981b845ec549c43e82bb467d8144/subsets/urlsf_subset{:02d}.tar"
+OWT_ARCHIVES = 21
+OWT_HELD_OUT = 100_000  # documents, the last ones
+OWT_EOS = 50256  # <|endoftext|>, GPT-2's only special token: bos and eos alike
+
+
+def owt_tokens(subset: bytes) -> list[np.ndarray]:
+    """Tokenises one .xz archive of .txt documents: (n,) uint16 each, with eos at its end."""
+    documents, codec = [], GPT2Codec()
+    with tarfile.open(fileobj=io.BytesIO(subset), mode="r:xz") as archive:
+        for member in archive:
+            if member.name.endswith(".txt"):
+                text = archive.extractfile(member).read().decode()
+                ids = codec.encode(re.sub("\n\n\n+", "\n\n", text).strip())
+                documents.append(np.append(ids, OWT_EOS).astype(np.uint16))
+    return documents
+
+
+def owt_documents(archives: list[Path], workers: int) -> Iterator[np.ndarray]:
+    """All documents in order; at most 4 subsets (1,000 documents or less) per worker in memory."""
+    def subsets() -> Iterator[bytes]:
+        for path in tqdm(archives, desc="tokenising", unit="archive"):
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    if member.name.endswith(".xz"):
+                        yield archive.extractfile(member).read()
+
+    with multiprocessing.Pool(workers) as pool:
+        for group in groups(subsets(), 4 * workers):
+            for documents in pool.map(owt_tokens, group, chunksize=1):
+                yield from documents
+
+
+def hold_out(documents: Iterable[np.ndarray], count: int, held: deque) -> Iterator[np.ndarray]:
+    """Passes documents on but the last `count`, which are left in `held`."""
+    for document in documents:
+        held.append(document)
+        if len(held) > count:
+            yield held.popleft()
+
+
+def build_owt(shop: Workshop) -> dict:
+    """OpenWebText in GPT-2's tokens, as MDLM has it. 12 GB to download, 18 GB prepared."""
+    archives = [shop.fetch(OWT_URL.format(i)) for i in range(OWT_ARCHIVES)]
+    held: deque = deque()
+    frame = dict(length=shop.length, bos=OWT_EOS, eos=OWT_EOS)
+    documents = owt_documents(archives, os.cpu_count() or 1)
+    train = hold_out(documents, OWT_HELD_OUT, held)
+    shop.write("train", pack(train, **frame), np.uint16, (shop.length,))
+    shop.write("valid", pack(held, **frame), np.uint16, (shop.length,))
+    return {"unit": "token", "codec": "gpt2", "vocab": None, "vocab_size": 50257,
+            "bos_id": OWT_EOS, "eos_id": OWT_EOS, "alias": {"test": "valid"}}
+
+
+LM1B_URL = "https://www.statmt.org/lm-benchmark/"
+LM1B_URL += "1-billion-word-language-modeling-benchmark-r13output.tar.gz"
+LM1B_SHA256 = "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"
+LM1B_FILES = {  # 30,301,028 and 306,688 sentences; MDLM validates and tests on the latter
+    "train": r".*/training-monolingual\.tokenized\.shuffled/news\.en-\d+-of-\d+",
+    "test": r".*/heldout-monolingual\.tokenized\.shuffled/news\.en\.heldout-\d+-of-\d+"}
+BERT_URL = "https://huggingface.co/google-bert/bert-base-uncased/resolve/"
+BERT_URL += "86b5e0934494bd15c9632b12f734a8a67f723594/vocab.txt"
+BERT_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+
+
+def detokenise(sentence: str) -> str:
+    """Undoes lm1b's spaces as far as WordPiece can tell.
+
+    MDLM's rules also join words with their punctuation (it 's, $ 5, ( so ) ...), but BERT splits
+    at those signs with or without spaces. The pound is none of them: £5 is another token.
+    """
+    return sentence.replace("£ ", "£")
+
+
+def lm1b_sentences(path: Path, split: str) -> Iterator[str]:
+    with tarfile.open(path, "r:gz") as archive:
+        for member in archive:
+            if member.isfile() and re.fullmatch(LM1B_FILES[split], member.name):
+                for line in tqdm(archive.extractfile(member), desc=member.name[-20:], leave=False):
+                    yield detokenise(line.decode().strip())
+
+
+def build_lm1b(shop: Workshop, padded: bool = False) -> dict:
+    """The One Billion Word benchmark in BERT's tokens, as rows of 128.
+
+    Packed (`lm1b`): sentences, each ended by [SEP], run through rows that begin with [CLS] and end
+    with [SEP]; MDLM's perplexity there is 31.8. Padded (`lm1b-padded`): a row per sentence; MDLM's
+    is 27.0. The two predict different tokens: their figures must never share a table.
+    """
+    vocab = shop.fetch(BERT_URL, BERT_SHA256).read_text(encoding="utf-8").splitlines()
+    archive = shop.fetch(LM1B_URL, LM1B_SHA256, 1_792_209_805)
+    codec = WordPieceCodec(vocab)
+    pad_id, bos, eos = (vocab.index(word) for word in ("[PAD]", "[CLS]", "[SEP]"))
+    for split in LM1B_FILES:
+        sentences = groups(lm1b_sentences(archive, split), 10_000)
+        documents = (ids for group in sentences for ids in codec.encode_batch(group))
+        if padded:
+            rows = pad(documents, shop.length, bos, eos, pad_id)
+        else:
+            rows = pack((np.append(ids, eos) for ids in documents), shop.length, bos, eos)
+        shop.write(split, rows, np.uint16, (shop.length,))
+    return {"unit": "token", "codec": "wordpiece", "vocab": vocab, "vocab_size": len(vocab),
+            "bos_id": bos, "eos_id": eos, "pad_id": pad_id, "alias": {"valid": "test"}}
+
+
+def build_lm1b_padded(shop: Workshop) -> dict:
+    return build_lm1b(shop, padded=True)
+
+
+# ---------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True)
+class Recipe:
+    build: Callable[[Workshop], dict]  # writes the splits; returns the tokenizer, and aliases
+    length: int
+    rows: bool = False  # cut into rows when prepared, so another length is another preparation
+    raw: str = ""  # folder of the raw files under data_dir, where it is not the set's own name
+    version: str = "1"  # a set prepared by another version is rebuilt
+
+
+PYTHON = f"1, Python {sys.version.split()[0]}"  # whose texts these two are
+DATASETS = {
+    "pydoc": Recipe(build_pydoc, length=128, version=PYTHON),
+    "pycode": Recipe(build_pycode, length=256, version=PYTHON),
+    "shakespeare": Recipe(build_shakespeare, length=256),
+    "text8": Recipe(build_text8, length=256),
+    "english27": Recipe(build_english27, length=256, raw="nltk"),
+    "owt": Recipe(build_owt, length=1024, rows=True),
+    "lm1b": Recipe(build_lm1b, length=128, rows=True),
+    "lm1b-padded": Recipe(build_lm1b_padded, length=128, rows=True, raw="lm1b"),
+}
+
+
+def load_dataset(name: str, data_dir: str | Path = "data", length: int | None = None) -> TextData:
+    """A set of DATASETS, prepared under `data_dir` at the first call, or a folder of your own.
+
+    Raw files already in data_dir/NAME are used, others downloaded there. If that folder cannot be
+    written, the cache folder is (~/.cache/catdiff, or $CATDIFF_CACHE). Raises DataError.
+    """
+    if name not in DATASETS:
+        if Path(name).is_dir():
+            return load_folder(Path(name), length)
+        raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}, or give a "
+                        "folder with train and valid as .txt, .txt.xz or .npy")
+    recipe = DATASETS[name]
+    length = length or recipe.length
+    key = name if length == recipe.length or not recipe.rows else f"{name}-{length}"
+    bases = [Path(data_dir), cache_folder()]
+    for base in bases:
+        if data := open_prepared(base / key, name, length):
+            return data
+    base = next((base for base in bases if writable(base / key)), None)
+    if base is None:
+        raise DataError(f"neither {bases[0]} nor {bases[1]} can be written; set --data_dir")
+    folder = base / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".preparing") as alone:
+        if data := open_prepared(folder, name, length):  # by the process we waited for
+            return data
+        for leftover in folder.glob("preparing-*") if alone else []:  # of killed processes
+            shutil.rmtree(leftover)
+        build(name, folder, bases, length)
+        data = open_prepared(folder, name, length)
+    assert data is not None, f"{folder} cannot be read right after its preparation"
+    return data
+
+
+def build(name: str, folder: Path, bases: list[Path], length: int) -> None:
+    """Runs a recipe in a temporary folder, then moves its files into place, meta.json last."""
+    recipe = DATASETS[name]
+    raw = recipe.raw or name
+    downloads = next(base for base in bases if writable(base / raw)) / raw
+    out = Path(tempfile.mkdtemp(prefix="preparing-", dir=folder))
+    print(f"preparing {name} in {folder}", file=sys.stderr)
+    try:
+        shop = Workshop([b / f for b in bases for f in (name, raw)], downloads, out, length)
+        made = recipe.build(shop)
+        if shop.largest >= made["vocab_size"]:
+            raise DataError(f"{name}: id {shop.largest} is none of {made['vocab_size']} symbols")
+        meta = {"version": recipe.version, "shapes": shop.shapes, "alias": made.pop("alias", {}),
+                "tokenizer": {"name": name, "length": length} | made}
+        (out / "meta.json").write_text(json.dumps(meta))
+        for file in (*(f"{split}.npy" for split in shop.shapes), "meta.json"):
+            os.replace(out / file, folder / file)
+    finally:
+        shutil.rmtree(out)
+
+
+def open_prepared(folder: Path, name: str, length: int) -> TextData | None:
+    """The prepared set, or None if there is none, or only a damaged or an outdated one."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        splits = {split: np.load(folder / f"{split}.npy", mmap_mode="r")
+                  for split in meta["shapes"]}
+        shapes = {split: list(tokens.shape) for split, tokens in splits.items()}
+        if meta["version"] != DATASETS[name].version or shapes != meta["shapes"]:
+            return None
+        splits |= {split: splits[other] for split, other in meta["alias"].items()}
+        tokenizer = meta["tokenizer"] | {"length": length}
+    except (OSError, ValueError, EOFError, KeyError):  # such as a file shorter than it says
+        return None
+    return TextData.from_tokenizer(tokenizer, splits)
+
+
+def load_folder(folder: Path, length: int | None = None) -> TextData:
+    """Your own data: {train, valid, test} as .txt, .txt.xz (characters) or .npy (ids).
+
+    .npy: (N,) streams or (N, L) rows of integers; a meta.json may give vocab_size, bos_id, eos_id
+    and pad_id. Text is encoded in memory: save gigabytes as .npy. Raises DataError.
+    """
+    paths = {}
+    for split, stems in {"train": ["train"], "valid": ["valid", "val"], "test": ["test"]}.items():
+        for file in (stem + end for stem in stems for end in (".npy", ".txt", ".txt.xz")):
+            if (folder / file).exists():
+                paths.setdefault(split, folder / file)
+    if missing := {"train", "valid"} - set(paths):
+        raise DataError(f"{folder} lacks {' and '.join(sorted(missing))} as .txt, .txt.xz or .npy; "
+                        "hold out some 5% of your training data as valid")
+    if len({path.suffix == ".npy" for path in paths.values()}) > 1:
+        raise DataError(f"{folder} mixes text and .npy; give all splits in one form")
+    if paths["train"].suffix == ".npy":
+        data = load_id_arrays(folder, paths, length)
+    else:
+        data = load_texts(folder, paths, length)
+    data.splits.setdefault("test", data.splits["valid"])
+    return data
+
+
+def load_id_arrays(folder: Path, paths: dict[str, Path], length: int | None) -> TextData:
+    splits = {split: np.load(path, mmap_mode="r") for split, path in paths.items()}
+    for split, ids in splits.items():
+        if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0 or ids.min() < 0:
+            raise DataError(f"{paths[split]}: must hold integers >= 0 of shape (N,) or (N, L); "
+                            f"these are {ids.dtype} of shape {ids.shape}")
+    meta_path, largest = folder / "meta.json", max(int(ids.max()) for ids in splits.values())
+    meta = json.loads(meta_path.read_text()) if meta_path.exists() else {}
+    if (vocab_size := meta.get("vocab_size", largest + 1)) <= largest:
+        raise DataError(f"{meta_path}: vocab_size {vocab_size} is not above id {largest}")
+    width = next((ids.shape[1] for ids in splits.values() if ids.ndim == 2), 256)
+    special = {key: meta.get(key) for key in ("bos_id", "eos_id", "pad_id")}
+    return TextData(folder.name, vocab_size, length or width, "token", splits, IdCodec(), **special)
+
+
+def load_texts(folder: Path, paths: dict[str, Path], length: int | None) -> TextData:
+    texts = {}
+    for split, path in paths.items():
+        try:
+            with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
+                texts[split] = file.read().decode()
+        except (UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
+            raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    codec = CharCodec("".join(sorted(set(texts["train"]))))
+    dtype = np.min_scalar_type(len(codec.points))
+    splits = {}
+    for split, text in texts.items():
+        try:
+            splits[split] = codec.encode(text).astype(dtype)
+        except DataError as error:
+            raise DataError(f"{paths[split]}: {error}") from error
+    return TextData(folder.name, len(codec.points), length or 256, "char", splits, codec)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def ngram_entropies(data: TextData, split: str = "train") -> tuple[float, float]:
+    """(H(x_i), H(x_i | x_{i-1})) in bits per symbol, of the split's own frequencies.
+
+    What a model that knows only these frequencies would reach. Characters and bytes only.
+    """
+    V, tokens = data.vocab_size, data._tokens(split)
+    if data.unit == "token" or tokens.ndim != 1:
+        raise DataError(f"{data.name}: n-gram entropies are for streams of characters or bytes")
+    pairs = np.zeros(V * V, dtype=np.int64)
+    for i in range(0, len(tokens) - 1, 1 << 24):  # in pieces, to bound memory
+        piece = tokens[i:i + (1 << 24) + 1].astype(np.int64)
+        pairs += np.bincount(piece[:-1] * V + piece[1:], minlength=V * V)
+    before = pairs.reshape(V, V).sum(1)
+    last = np.bincount(tokens[-1:], minlength=V)
+    return entropy(before + last), entropy(pairs) - entropy(before)
+
+
+def entropy(counts: np.ndarray) -> float:
+    """In bits, of the distribution in proportion to `counts` (n,)."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log2(p)).sum())
+
+
+def words(data: TextData, split: str = "train") -> set[str]:
+    """What stands between spaces in a split: the words that count as spelled right."""
+    return set(data.decode(data._tokens(split)).split())
+
+
+def describe(data: TextData) -> None:
+    print(f"{data.name}: {data.vocab_size} symbols (unit: {data.unit}), sequences of {data.length}")
+    print(f"special ids: bos {data.bos_id}, eos {data.eos_id}, pad {data.pad_id}, "
+          f"mask {data.mask_id}")
+    for split, tokens in data.splits.items():
+        print(f"{split:>6}: {tokens.size:,} {data.unit}s, {data.num_sequences(split):,} sequences")
+    first = next(data.eval_batches("valid", 1, limit=1))[0]
+    print(f"excerpt of valid: {data.decode(first)[:300]!r}")
+    if data.unit != "token":
+        one, two = ngram_entropies(data, "valid")
+        print(f"entropy of valid: {one:.3f} bits per {data.unit}, {two:.3f} given the one before")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help=f"one of {', '.join(DATASETS)}, or a folder")
+    parser.add_argument("--data_dir", default="data", help="where data sets are kept")
+    parser.add_argument("--length", type=int, help="tokens per sequence")
+    args = parser.parse_args()
+    try:
+        describe(load_dataset(args.name, args.data_dir, args.length))
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

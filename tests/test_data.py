@@ -1,0 +1,719 @@
+"""data.py: every window once, the same batches for any number of processes, exact recipes."""
+import contextlib
+import http.server
+import io
+import json
+import lzma
+import multiprocessing.pool
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+from data import DataError, TextData, load_dataset  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """Nothing may leave this machine: unless a test sets a mirror, there is an empty one."""
+    monkeypatch.setenv("CATDIFF_MIRROR", (tmp_path / "nowhere").as_uri())
+    monkeypatch.setenv("CATDIFF_CACHE", str(tmp_path / "cache"))
+
+
+def make(train, length=4, vocab_size=1000, **kwargs) -> TextData:
+    train = np.asarray(train)
+    return TextData("toy", vocab_size, length, "token", {"train": train, "valid": train},
+                    data.IdCodec(), **kwargs)
+
+
+STREAM, ROWS = np.arange(102), np.arange(100).reshape(25, 4)
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("tokens", [STREAM, ROWS], ids=["stream", "rows"])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_batch_is_the_same_for_any_partition(tokens, world):
+    whole = make(tokens)
+    for step in [0, 1, 5, 2, 1000]:  # any order, and far away
+        batch = whole.train_batch(7, step, 8, range(8))
+        assert batch.dtype == np.int64 and batch.shape == (8, 4)
+        for rank in range(world):
+            part = make(tokens).train_batch(7, step, 8, range(rank, 8, world))
+            np.testing.assert_array_equal(part, batch[rank::world])
+
+
+@pytest.mark.parametrize("tokens", [STREAM, ROWS], ids=["stream", "rows"])
+def test_each_epoch_has_every_window_once(tokens):
+    toy = make(tokens)
+    size = toy._windows_per_epoch()
+    samples = np.concatenate([toy.train_batch(3, k, 7, range(7)) for k in range(3 * size // 7 + 1)])
+    orders = []
+    for epoch in range(3):  # batches of 7 straddle the epochs
+        rows = samples[epoch * size:(epoch + 1) * size]
+        starts = np.sort(rows[:, 0])
+        np.testing.assert_array_equal(np.diff(starts), 4)  # a partition: no gap, no repeat
+        assert len(starts) == size and (np.diff(rows, axis=1) == 1).all()
+        orders.append(rows[:, 0].tolist())
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_stream_sees_every_token_and_varies_its_cuts():
+    toy = make(STREAM)
+    size = toy._windows_per_epoch()
+    epochs = [toy.train_batch(0, k, size, range(size)) for k in range(60)]
+    assert set(np.concatenate(epochs).ravel()) == set(range(102))
+    assert {int(rows.min()) % 4 for rows in epochs} == {0, 1, 2, 3}
+
+
+def test_seed_changes_the_order():
+    toy = make(ROWS)
+    first, second = (toy.train_batch(seed, 0, 25, range(25)) for seed in (0, 1))
+    assert not np.array_equal(first, second)
+
+
+def test_shortest_stream_and_too_short_stream():
+    np.testing.assert_array_equal(make(range(4)).train_batch(0, 9, 2, [1]), [[0, 1, 2, 3]])
+    with pytest.raises(DataError, match="train has 3 tokens"):
+        make(range(3)).train_batch(0, 0, 1, [0])
+    with pytest.raises(DataError, match="shorter than one sequence"):
+        next(make(range(3)).eval_batches("valid", 1))
+
+
+def test_indices_outside_the_global_batch():
+    with pytest.raises(DataError, match="0..7"):
+        make(ROWS).train_batch(0, 0, 8, [8])
+
+
+@pytest.mark.parametrize("tokens", [STREAM, ROWS], ids=["stream", "rows"])
+def test_eval_covers_all_windows_once(tokens):
+    toy = make(tokens)
+    batches = list(toy.eval_batches("valid", 10))
+    assert [len(batch) for batch in batches] == [10, 10, 5]  # the last, smaller one is there
+    assert batches[0].dtype == np.int64
+    np.testing.assert_array_equal(np.concatenate(batches), np.arange(100).reshape(25, 4))
+    assert toy.num_sequences("valid") == 25
+    parts = [np.concatenate(list(toy.eval_batches("valid", 2, start=i, stride=3)))
+             for i in range(3)]
+    assert [len(part) for part in parts] == [9, 8, 8]
+    assert sorted(np.concatenate(parts)[:, 0]) == list(range(0, 100, 4))
+
+
+def test_eval_limit_is_spread_evenly():
+    rows = np.concatenate(list(make(ROWS).eval_batches("valid", 2, limit=5)))
+    assert rows[:, 0].tolist() == [0, 20, 40, 60, 80]
+    assert len(np.concatenate(list(make(ROWS).eval_batches("valid", 2, limit=500)))) == 25
+
+
+def test_set_without_training_text():
+    toy = TextData("zero-shot", 9, 2, "token", {"test": np.arange(6)}, data.IdCodec())
+    assert toy.num_sequences("test") == 3
+    with pytest.raises(DataError, match="no 'train' split; it has test"):
+        toy.train_batch(0, 0, 1, [0])
+
+
+def test_special_ids():
+    toy = make(ROWS, bos_id=1, eos_id=1, pad_id=0)
+    assert toy.mask_id == toy.vocab_size == 1000
+    assert toy.decode([3, 1000, 1000, 4]) == "3__4"
+    for bad in [dict(pad_id=1, eos_id=1), dict(pad_id=2, bos_id=2)]:
+        with pytest.raises(DataError, match="must differ"):
+            make(ROWS, **bad)
+    for bad in [dict(pad_id=1000), dict(bos_id=-1)]:  # the mask's id, and a wrapped index
+        with pytest.raises(DataError, match="must be below"):
+            make(ROWS, **bad)
+    with pytest.raises(DataError, match="rows of 4 tokens"):
+        make(ROWS, length=8)
+
+
+@pytest.mark.parametrize("codec", [
+    data.CharCodec("abc"), data.ByteCodec(), data.GPT2Codec(), data.IdCodec(),
+    data.WordPieceCodec(["[PAD]", "a", "b"])], ids=lambda codec: codec.kind)
+def test_checkpoint_keeps_the_tokenizer(codec):
+    """All in plain types: it goes through JSON, as through a checkpoint without pickled code."""
+    toy = TextData("toy", 300, 4, "char", {"train": STREAM}, codec, bos_id=1, eos_id=2, pad_id=0)
+    copy = TextData.from_tokenizer(json.loads(json.dumps(toy.tokenizer())))
+    assert copy.splits == {} and type(copy.codec) is type(codec) and copy.codec.vocab == codec.vocab
+    for key in ["name", "vocab_size", "length", "unit", "bos_id", "eos_id", "pad_id", "mask_id"]:
+        assert getattr(copy, key) == getattr(toy, key)
+
+
+# ---------------------------------------------------------------- embedded sets and the cache
+
+
+@pytest.mark.parametrize("name, alphabet", [("pydoc", data.LETTERS), ("pycode", None)])
+def test_embedded_sets(tmp_path, name, alphabet):
+    first = load_dataset(name, tmp_path / "a")
+    second = load_dataset(name, tmp_path / "b", length=32)
+    assert second.length == 32 and isinstance(first.splits["train"], np.memmap)
+    assert first.splits["train"].dtype == np.uint8
+    sizes = {split: len(tokens) for split, tokens in first.splits.items()}
+    for split in ["train", "valid", "test"]:
+        np.testing.assert_array_equal(first.splits[split], second.splits[split])
+        assert first.splits[split].max() < first.vocab_size
+    total = sum(sizes.values())
+    assert 0.8 < sizes["train"] / total < 0.95 and sizes["valid"] > 9_000 and sizes["test"] > 9_000
+    text = first.decode(first.splits["valid"][:500])
+    np.testing.assert_array_equal(first.encode(text), first.splits["valid"][:500])
+    if alphabet:
+        assert set(text) <= set(alphabet) and "  " not in text
+        assert first.vocab_size == 27 and "the" in data.words(first)
+    else:
+        assert total <= data.PYCODE_LIMIT and first.vocab_size == 256
+
+
+def test_prepared_set_is_reused(tmp_path, monkeypatch):
+    load_dataset("pydoc", tmp_path)
+    monkeypatch.setattr(data, "build", None)  # would fail if called
+    load_dataset("pydoc", tmp_path)
+    load_dataset("pydoc", tmp_path, length=16)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "meta", "version", "other array"])
+def test_damaged_cache_is_rebuilt(tmp_path, damage):
+    before = np.array(load_dataset("pydoc", tmp_path).splits["train"])
+    array, meta = tmp_path / "pydoc" / "train.npy", tmp_path / "pydoc" / "meta.json"
+    if damage == "truncated":
+        os.truncate(array, array.stat().st_size - 100)
+    elif damage == "missing":
+        array.unlink()
+    elif damage == "meta":
+        meta.write_text(meta.read_text()[:50])
+    elif damage == "version":
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"version": "0"}))
+        np.save(array, before[::-1])
+    else:
+        np.save(array, before[:1000])
+    np.testing.assert_array_equal(load_dataset("pydoc", tmp_path).splits["train"], before)
+
+
+def test_read_only_data_dir_falls_back_to_the_cache(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data").chmod(0o555)
+    load_dataset("pydoc", tmp_path / "data")
+    assert (tmp_path / "cache" / "pydoc" / "train.npy").exists()
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_two_processes_prepare_at_once(tmp_path):
+    code = ("import sys, data; d = data.load_dataset('pycode', sys.argv[1]); "
+            "print(sum(int(t.astype(int).sum()) for t in d.splits.values()))")
+    jobs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    results = [job.communicate(timeout=60) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], results
+    assert results[0][0] == results[1][0]
+    assert sum(err.count("preparing pycode") for _, err in results) == 1  # the other one waited
+    assert not list(tmp_path.glob("pycode/preparing-*"))
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    left = tmp_path / "pydoc" / "preparing-abc"
+    left.mkdir(parents=True)
+    (tmp_path / "pydoc" / ".preparing").touch()  # a lock file without a living owner
+    load_dataset("pydoc", tmp_path)
+    assert not left.exists()
+
+
+def test_failed_preparation_leaves_nothing(tmp_path):
+    with pytest.raises(DataError):
+        load_dataset("text8", tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path, monkeypatch):
+    real = data.char_tokenizer
+    monkeypatch.setattr(data, "char_tokenizer", lambda chars: real(chars) | {"vocab_size": 26})
+    with pytest.raises(DataError, match="id 26 is none of 26 symbols"):
+        load_dataset("pydoc", tmp_path)
+
+
+def test_unknown_dataset(tmp_path):
+    with pytest.raises(DataError) as error:
+        load_dataset(str(tmp_path / "shakespear"))
+    assert all(name in str(error.value) for name in [*data.DATASETS, "folder"])
+
+
+# ---------------------------------------------------------------- downloads
+
+
+class RangeServer(http.server.BaseHTTPRequestHandler):
+    body, requests = bytes(range(256)) * 40, []
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        self.requests.append(asked)
+        begin = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        if begin >= len(self.body):
+            self.send_error(416)
+            return
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(self.body) - begin))
+        self.end_headers()
+        # Without Range, break off half-way.
+        self.wfile.write(self.body[begin:] if asked else self.body[:5000])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeServer) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        monkeypatch.setenv("CATDIFF_MIRROR", f"http://127.0.0.1:{httpd.server_port}/")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        RangeServer.requests.clear()
+        yield
+        httpd.shutdown()
+
+
+def test_broken_download_continues(tmp_path, server):
+    with pytest.raises(DataError, match="after 5000 of 10240 bytes; run again"):
+        data.download("https://example.org/x.bin", tmp_path / "x.bin")
+    assert not (tmp_path / "x.bin").exists()
+    assert (tmp_path / "x.bin.part").stat().st_size == 5000
+    data.download("https://example.org/x.bin", tmp_path / "x.bin")
+    assert RangeServer.requests == [None, "bytes=5000-"]
+    assert (tmp_path / "x.bin").read_bytes() == RangeServer.body
+
+
+def test_part_longer_than_the_file(tmp_path, server):
+    (tmp_path / "x.bin.part").write_bytes(b"?" * 20_000)
+    with pytest.raises(DataError, match="after 5000 of"):  # began anew
+        data.download("https://example.org/x.bin", tmp_path / "x.bin")
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    monkeypatch.setenv("CATDIFF_MIRROR", folder.as_uri())
+    return folder
+
+
+def test_file_url_checked_and_announced(tmp_path, mirror, capsys):
+    (mirror / "x.bin").write_bytes(b"x" * 3_000_000)
+    (tmp_path / "x.bin.part").write_bytes(b"y" * 1000)  # file:// knows no Range: must not be kept
+    sha256 = data.sha256_of(mirror / "x.bin")
+    data.download("https://example.org/x.bin", tmp_path / "x.bin", sha256)
+    assert (tmp_path / "x.bin").read_bytes() == b"x" * 3_000_000
+    assert not (tmp_path / "x.bin.part").exists()
+    assert "downloading x.bin (3.0 MB)" in capsys.readouterr().err
+
+
+def test_checksum_mismatch(tmp_path, mirror):
+    (mirror / "x.bin").write_bytes(b"x")
+    with pytest.raises(DataError, match="sha256 is 2d711642.*expected 0000"):
+        data.download("https://example.org/x.bin", tmp_path / "x.bin", "0" * 64)
+    assert not list(tmp_path.glob("x.bin*"))
+
+
+def test_missing_file_says_what_to_do(tmp_path):
+    with pytest.raises(DataError) as error:
+        load_dataset("shakespeare", tmp_path)
+    for part in ["input.txt", str(tmp_path / "shakespeare" / "input.txt"), "nowhere/"]:
+        assert part in str(error.value)
+
+
+def test_raw_file_already_there_is_used_and_checked(tmp_path, monkeypatch):
+    folder = tmp_path / "shakespeare"
+    folder.mkdir()
+    (folder / "input.txt").write_text("To be, or\nnot to be" * 10)
+    with pytest.raises(DataError, match="is not the file expected"):
+        load_dataset("shakespeare", tmp_path)
+    real = data.Workshop.fetch
+    monkeypatch.setattr(data.Workshop, "fetch", lambda shop, url, *_: real(shop, url))
+    toy = load_dataset("shakespeare", tmp_path, length=5)
+    assert toy.vocab_size == 10 and len(toy.splits["train"]) == 171  # floor of 90% of 190
+    assert toy.splits["test"] is toy.splits["valid"]
+    assert toy.decode(toy.encode("To be")) == "To be" and toy.decode([0, 1]) == "\n "
+
+
+def test_file_that_another_process_fetches_meanwhile(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def locked(path):  # as if we had waited for that process
+        (path.parent / "x.bin").write_bytes(b"x")
+        yield True
+
+    monkeypatch.setattr(data, "locked", locked)
+    shop = data.Workshop([tmp_path / "raw"], tmp_path / "raw", tmp_path, 4)
+    assert shop.fetch("https://example.org/x.bin").read_bytes() == b"x"
+
+
+def test_text8(tmp_path, mirror):
+    folder = tmp_path / "text8"
+    folder.mkdir()
+    (folder / "text8").write_text("ab ")
+    with pytest.raises(DataError, match="3 characters, not text8's 100,000,000"):
+        load_dataset("text8", tmp_path)
+    assert data.cut("x" * 99) == {"train": "x" * 89, "valid": "x" * 5, "test": "x" * 5}
+
+
+# ---------------------------------------------------------------- english27
+
+
+def test_normalise():
+    assert data.normalise("  A3b--c\tÉ 10.") == "a three b c one zero"
+
+
+LONG = "w" * 200
+ENGLISH27_CASES = [  # archive, file, content, normalised without LONG (None: not kept)
+    ("brown", "brown/ca01", "The/at dog/nn-tl and/or/cc", "the dog and or"),
+    ("brown", "brown/cs01", "x/y", None),
+    ("brown", "brown/cats.txt", "x/y", None),
+    ("genesis", "genesis/english-kjv.txt", "In the", "in the"),
+    ("genesis", "genesis/german.txt", "Am", None),
+    ("masc_tagged", "masc_tagged/written/a.txt", "the_DT snake_case_NN", "the snake case"),
+    ("masc_tagged", "masc_tagged/categories.txt", "x_y", None),
+    ("masc_tagged", "masc_tagged/a.xml", "x_y", None),
+    ("pil", "pil/A.sgml", "a<b c='d'>e&amp;f&#39;g", "a e f three nine g"),
+    ("pil", "pil/A.txt", "a", None),
+    ("shakespeare", "shakespeare/a.xml", "<LINE>To\n<X>be", "to be"),
+    ("shakespeare", "shakespeare/play.dtd", "a", None),
+    ("treebank", "treebank/raw/wsj_0001", ".START the end", "the end"),
+    ("treebank", "treebank/tagged/wsj_0001.pos", "a", None),
+    ("product_reviews_1", "product_reviews_1/x.txt", "tv[+2]##nice ## tv\npad##so\nend",
+     "nice tv so end"),
+    ("product_reviews_2", "product_reviews_2/x.txt", "a[-1]##bad", "bad"),
+    ("abc", "abc/rural.txt", "Caf\xe9 a##b/c_d .START <i>", "caf a b c d start i"),
+    ("abc", "abc/README", "a", None),
+    ("abc", "abc/x.ReadMe.txt", "a", None),
+    ("abc", "abc/.hidden", "a", None),
+]
+
+
+@pytest.mark.parametrize("corpus, file, content, expected", ENGLISH27_CASES)
+def test_english27_rules(tmp_path, corpus, file, content, expected):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr(f"{corpus}/", "")
+        archive.writestr(file, (content + " " + LONG).encode("latin-1"))
+    got = list(data.english27_documents(corpus, tmp_path / "x.zip"))
+    assert got == ([] if expected is None else [f"{expected} {LONG}"])
+
+
+def test_english27_order_and_shortest_document(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, text in [("b", "b" * 200), ("a", "a" * 201), ("c", "c" * 199 + "...")]:
+            archive.writestr(f"abc/{name}", text)
+    assert list(data.english27_documents("abc", tmp_path / "x.zip")) == ["a" * 201, "b" * 200]
+
+
+def test_english27_whole(tmp_path, monkeypatch, mirror):
+    """Archives in the recipe's order, a fixed shuffle, cuts at 90 and 95%; then from .txt.xz."""
+    import hashlib
+    import random
+    names = list(data.ENGLISH27_ARCHIVES)
+    documents = []
+    for i, name in enumerate(names):
+        file = next((f for c, f, _, kept in ENGLISH27_CASES if c == name and kept), f"{name}/x")
+        with zipfile.ZipFile(mirror / f"{name}.zip", "w") as archive:
+            archive.writestr(file, chr(97 + i) * (300 + i))
+        documents.append(chr(97 + i) * (300 + i))
+        monkeypatch.setitem(data.ENGLISH27_ARCHIVES, name, data.sha256_of(mirror / f"{name}.zip"))
+    random.Random(0).shuffle(documents)
+    text = " ".join(documents)
+    a, b = int(0.9 * len(text)), int(0.95 * len(text))
+    for split, part in zip(["train", "valid", "test"], [text[:a], text[a:b], text[b:]]):
+        monkeypatch.setitem(data.ENGLISH27_SHA256, split, hashlib.sha256(part.encode()).hexdigest())
+        (tmp_path / "given" / "english27").mkdir(parents=True, exist_ok=True)
+        with lzma.open(tmp_path / "given" / "english27" / f"{split}.txt.xz", "wt") as file:
+            file.write(part)
+    built = load_dataset("english27", tmp_path / "data")
+    assert sorted(p.name for p in (tmp_path / "data" / "nltk").glob("*.zip"))[0] == "abc.zip"
+    monkeypatch.setenv("CATDIFF_MIRROR", (tmp_path / "nowhere").as_uri())
+    given = load_dataset("english27", tmp_path / "given")
+    for split in built.splits:
+        np.testing.assert_array_equal(built.splits[split], given.splits[split])
+    joined = np.concatenate([built.splits[split] for split in ("train", "valid", "test")])
+    assert built.decode(joined) == text
+    with lzma.open(tmp_path / "given" / "english27" / "valid.txt.xz", "wt") as file:
+        file.write("other")
+    (tmp_path / "given" / "english27" / "meta.json").unlink()
+    with pytest.raises(DataError, match="valid.txt.xz is not english27's text"):
+        load_dataset("english27", tmp_path / "given")
+
+
+# ---------------------------------------------------------------- packing, owt, lm1b
+
+
+def test_pack_runs_through_documents():
+    documents = [np.arange(n) + 10 * n for n in [3, 1, 9, 2, 5]]
+    stream = np.concatenate(documents)  # 20 tokens
+    rows = np.concatenate(list(data.pack(documents, 5, 100, 200)))
+    assert rows.shape == (6, 5) and (rows[:, 0] == 100).all() and (rows[:, -1] == 200).all()
+    np.testing.assert_array_equal(rows[:, 1:-1].ravel(), stream[:18])
+
+
+def test_pack_loses_nothing_between_groups():
+    documents = [np.full(3, i) for i in range(2500)]  # groups of 1,000 leave remainders
+    rows = np.concatenate(list(data.pack(documents, 9, -1, -2)))
+    np.testing.assert_array_equal(rows[:, 1:-1].ravel(), np.arange(7500 // 7 * 7) // 3)
+
+
+def test_pad_and_cut():
+    rows = np.concatenate(list(data.pad([np.array([5]), np.arange(10, 20)], 6, 1, 2, 0)))
+    assert rows.tolist() == [[1, 5, 2, 0, 0, 0], [1, 10, 11, 12, 13, 2]]
+
+
+def test_hold_out():
+    held = deque()
+    assert list(data.hold_out(range(10), 3, held)) == list(range(7)) and list(held) == [7, 8, 9]
+
+
+class LetterEncoder:
+    """Stands in for GPT-2's: one token per character."""
+
+    def encode_ordinary(self, text):
+        return [ord(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(i) for i in ids)
+
+
+def tar_of(files: dict[str, bytes], mode: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def small_owt(tmp_path, mirror, monkeypatch):
+    """2 archives of 2 subsets of 3 documents, in OpenWebText's layout; 4 documents held out."""
+    documents = [f"document {i}\n\n\n\nends" for i in range(12)]
+    for a in range(2):
+        subsets = {}
+        for s in range(2):
+            texts = {f"{i:07d}-{'0' * 32}.txt": documents[i].encode() + b"\n"
+                     for i in range(6 * a + 3 * s, 6 * a + 3 * s + 3)}
+            subsets[f"openwebtext/urlsf_subset{a:02d}-{s}_data.xz"] = tar_of(texts, "w:xz")
+        (mirror / f"urlsf_subset{a:02d}.tar").write_bytes(
+            tar_of({"openwebtext/README": b"no subset"} | subsets, "w"))
+    monkeypatch.setattr(data, "OWT_ARCHIVES", 2)
+    monkeypatch.setattr(data, "OWT_HELD_OUT", 4)
+    monkeypatch.setattr(data, "gpt2_encoder", LetterEncoder)
+    monkeypatch.setattr(multiprocessing, "Pool", multiprocessing.pool.ThreadPool)  # sees the above
+    return [text.replace("\n\n\n\n", "\n\n") for text in documents]
+
+
+def test_owt(tmp_path, small_owt):
+    owt = load_dataset("owt", tmp_path, length=16)
+    assert owt.vocab_size == 50257 and owt.bos_id == owt.eos_id == 50256 and owt.mask_id == 50257
+    assert owt.splits["train"].dtype == np.uint16 and owt.splits["test"] is owt.splits["valid"]
+    for split, documents in [("train", small_owt[:8]), ("valid", small_owt[8:])]:
+        stream = np.concatenate([[*map(ord, text), 50256] for text in documents])
+        rows = owt.splits[split]
+        assert rows.shape == (len(stream) // 14, 16)
+        assert (rows[:, 0] == 50256).all() and (rows[:, -1] == 50256).all()
+        np.testing.assert_array_equal(rows[:, 1:-1].ravel(), stream[:len(stream) // 14 * 14])
+    assert owt.decode(owt.splits["train"][0][1:5]) == "docu"
+
+
+def test_length_of_rows_is_a_preparation_of_its_own(tmp_path, small_owt):
+    assert load_dataset("owt", tmp_path, length=16).splits["train"].shape[1] == 16
+    assert load_dataset("owt", tmp_path, length=20).splits["train"].shape[1] == 20
+    assert len(list((tmp_path / "owt").glob("*.tar"))) == 2  # raw files are shared
+    assert {p.name for p in tmp_path.glob("owt*")} == {"owt", "owt-16", "owt-20"}
+
+
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "##c", ".", "£", "##b"]
+
+
+class FakeWordPiece:
+    """Stands in for `tokenizers`: words of VOCAB, between spaces."""
+
+    def encode_batch(self, texts, add_special_tokens):
+        assert not add_special_tokens
+        ids = [[VOCAB.index(word) for word in text.split()] for text in texts]
+        return [type("Encoding", (), {"ids": row}) for row in ids]
+
+
+@pytest.fixture
+def small_lm1b(mirror, monkeypatch):
+    top = "1-billion-word-language-modeling-benchmark-r13output"
+    train, heldout = (f"{top}/{kind}-monolingual.tokenized.shuffled"
+                      for kind in ("training", "heldout"))
+    name = f"{top}.tar.gz"
+    (mirror / name).write_bytes(tar_of({
+        f"{top}/README": b"a a a\n",
+        f"{train}/news.en-00001-of-00100": b"a b .\nb\n",
+        f"{train}/._news.en-00001-of-00100": b"c c\n",
+        f"{heldout}/news.en-00000-of-00100": b"c c c c\n",  # the parts below, in one file
+        f"{train}/news.en-00002-of-00100": b"a a a a a\n",
+        f"{heldout}/news.en.heldout-00000-of-00050": b"b a\n",
+        f"{heldout}/news.en.heldout-00001-of-00050": b"a ##c .\n",
+    }, "w:gz"))
+    (mirror / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    monkeypatch.setattr(data, "LM1B_SHA256", data.sha256_of(mirror / name))
+    monkeypatch.setattr(data, "BERT_SHA256", data.sha256_of(mirror / "vocab.txt"))
+    monkeypatch.setattr(data, "wordpiece_tokenizer", lambda vocab: FakeWordPiece())
+
+
+def test_lm1b_packed(tmp_path, small_lm1b):
+    lm1b = load_dataset("lm1b", tmp_path, length=5)
+    # a b . [SEP] b [SEP] a a a a a [SEP], in threes
+    assert lm1b.splits["train"].tolist() == [
+        [2, 4, 5, 8, 3], [2, 3, 5, 3, 3], [2, 4, 4, 4, 3], [2, 4, 4, 3, 3]]
+    assert lm1b.splits["test"].tolist() == [[2, 5, 4, 3, 3], [2, 4, 7, 8, 3]]
+    assert lm1b.splits["valid"] is lm1b.splits["test"]
+    assert (lm1b.bos_id, lm1b.eos_id, lm1b.pad_id, lm1b.mask_id) == (2, 3, 0, 11)
+
+
+def test_lm1b_padded(tmp_path, small_lm1b):
+    lm1b = load_dataset("lm1b-padded", tmp_path, length=6)
+    assert lm1b.splits["train"].tolist() == [
+        [2, 4, 5, 8, 3, 0], [2, 5, 3, 0, 0, 0], [2, 4, 4, 4, 4, 3]]
+    assert lm1b.splits["test"].tolist() == [[2, 5, 4, 3, 0, 0], [2, 4, 7, 8, 3, 0]]
+    assert lm1b.decode(lm1b.splits["test"][1]) == "[CLS] ac . [SEP]"
+    assert list((tmp_path / "lm1b").glob("*.tar.gz"))  # shared with the packed form
+    assert load_dataset("lm1b-padded", tmp_path).splits["train"].shape == (3, 128)
+    assert (tmp_path / "lm1b-padded" / "train.npy").exists()  # the usual length has the plain name
+
+
+def test_real_wordpiece_sees_only_the_pound():
+    """Why `detokenise` is one rule: the papers' other rules do not change BERT's tokens."""
+    pytest.importorskip("tokenizers")
+    vocab = VOCAB + list("0123456789") + ["##" + c for c in "0123456789"] + list("'\"()$,:;/?!")
+    codec = data.WordPieceCodec(vocab)
+    for spaced, joined in [("a 'b", "a'b"), ("a .", "a."), ("( a b )", "(a b)"), ("$ 5", "$5"),
+                           ('" a "', '"a"'), ("a : / / b", "a://b"), ("a ? b , c", "a? b, c")]:
+        np.testing.assert_array_equal(codec.encode(spaced), codec.encode(joined))
+        assert 1 not in codec.encode(spaced)
+    assert codec.encode("£5").tolist() != codec.encode("£ 5").tolist()
+    assert data.detokenise("a £ 5 b") == "a £5 b"
+    assert codec.decode(codec.encode("A ac.")) == "a ac ."
+
+
+def test_missing_tokenizers_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(DataError, match="pip install tokenizers"):
+        data.WordPieceCodec(VOCAB).encode("a")
+
+
+# ---------------------------------------------------------------- folders
+
+
+def write_texts(folder, end=".txt", **texts):
+    for split, text in texts.items():
+        opener = lzma.open if end.endswith("xz") else open
+        with opener(folder / (split + end), "wb") as file:
+            file.write(text.encode())
+
+
+@pytest.mark.parametrize("end", [".txt", ".txt.xz"])
+def test_folder_of_text(tmp_path, end):
+    write_texts(tmp_path, end, train="héllo\r\n", val="oh", test="lll")
+    own = load_dataset(str(tmp_path), length=2)
+    assert own.vocab_size == 6 and own.decode(range(6)) == "\n\rhloé" and own.unit == "char"
+    assert own.splits["train"].tolist() == [2, 5, 3, 3, 4, 1, 0]
+    assert own.decode(own.splits["valid"]) == "oh" and own.decode(own.splits["test"]) == "lll"
+    assert own.decode(own.encode("hé")) == "hé"
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(DataError, match="lacks train and valid"):
+        load_dataset(str(tmp_path))
+    write_texts(tmp_path, train="abc")
+    with pytest.raises(DataError, match="lacks valid as .*hold out"):
+        load_dataset(str(tmp_path))
+    write_texts(tmp_path, valid="abxc")
+    with pytest.raises(DataError, match="valid.txt: character 'x' at offset 2"):
+        load_dataset(str(tmp_path))
+    (tmp_path / "valid.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="valid.txt cannot be read as UTF-8"):
+        load_dataset(str(tmp_path))
+    (tmp_path / "valid.txt").unlink()
+    np.save(tmp_path / "valid.npy", np.arange(3))
+    with pytest.raises(DataError, match="mixes text and .npy"):
+        load_dataset(str(tmp_path))
+
+
+def test_folder_without_test_split(tmp_path):
+    write_texts(tmp_path, train="abc", valid="ab")
+    own = load_dataset(str(tmp_path))
+    assert own.splits["test"] is own.splits["valid"]
+
+
+def test_folder_of_ids(tmp_path):
+    np.save(tmp_path / "train.npy", np.arange(12, dtype=np.uint16).reshape(3, 4))
+    np.save(tmp_path / "valid.npy", np.array([[1, 2, 3, 20]]))
+    own = load_dataset(str(tmp_path))
+    assert (own.vocab_size, own.length, own.mask_id, own.unit) == (21, 4, 21, "token")
+    assert isinstance(own.splits["train"], np.memmap)
+    assert own.decode(own.encode("3 20")) == "3 20"
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 50, "pad_id": 0}))
+    own = load_dataset(str(tmp_path))
+    assert own.vocab_size == 50 and own.pad_id == 0
+    with pytest.raises(DataError, match="rows of 4 tokens"):
+        load_dataset(str(tmp_path), length=8)
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 20}))
+    with pytest.raises(DataError, match="vocab_size 20 is not above id 20"):
+        load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("bad", [np.zeros(3), np.array([0, -1]), np.zeros((2, 2, 2), int)])
+def test_bad_ids(tmp_path, bad):
+    np.save(tmp_path / "train.npy", bad)
+    np.save(tmp_path / "valid.npy", np.arange(3))
+    with pytest.raises(DataError, match="train.npy: must hold integers >= 0"):
+        load_dataset(str(tmp_path))
+
+
+# ---------------------------------------------------------------- statistics, command line
+
+
+def test_ngram_entropies():
+    tokens = np.array([0, 1] * 500 + [0])  # alternating: the second is certain
+    toy = TextData("toy", 2, 4, "char", {"train": tokens}, data.CharCodec("ab"))
+    one, two = data.ngram_entropies(toy)
+    assert one == pytest.approx(1, abs=1e-5) and two == pytest.approx(0, abs=1e-12)
+    toy = TextData("toy", 2, 4, "char", {"train": np.array([0, 1, 1])}, data.CharCodec("ab"))
+    assert data.ngram_entropies(toy) == pytest.approx((np.log2(3) - 2 / 3, 0.0))  # last one counts
+    tokens = np.random.default_rng(0).integers(0, 8, 200_000)  # independent: no help from before
+    toy = TextData("toy", 8, 4, "byte", {"train": tokens}, data.ByteCodec())
+    assert data.ngram_entropies(toy) == pytest.approx((3, 3), abs=1e-3)
+    with pytest.raises(DataError, match="characters or bytes"):
+        data.ngram_entropies(make(STREAM))
+
+
+def test_words():
+    toy = TextData("toy", 3, 4, "char", {"train": np.array([0, 1, 2, 0, 0, 2, 1])},
+                   data.CharCodec(" ab"))
+    assert data.words(toy) == {"ab", "ba"}
+
+
+def test_byte_codec():
+    codec = data.ByteCodec()
+    assert codec.decode(codec.encode("naïve £")) == "naïve £"
+    assert codec.decode(np.array([0xff])) == "\ufffd"
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "data.py", "pydoc", "--data_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "27 symbols" in done.stdout and "bits per char" in done.stdout
+    command[2] = "nonesuch"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: unknown dataset")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_import_needs_no_torch():
+    code = "import sys, data; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
