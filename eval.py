@@ -1,0 +1,209 @@
+"""Metrics, and one table for any number of runs.
+
+    python eval.py runs/cadd-pydoc runs/mdlm-pydoc         score checkpoints and their samples
+    python eval.py runs/cadd-text8 --split test            on another split
+    python eval.py samples.jsonl --dataset english27       a file of samples alone
+
+A run folder is scored on the full split with a fixed seed and the averaged (EMA) weights; the
+figures are kept in eval-SPLIT.json beside the checkpoint and computed anew when it changes. Sample
+metrics read samples.jsonl (draw more with --mode sample --samples 256 in the method's script), and
+the row "data" gives the same metrics of real text, the value to aim at.
+
+    bound figures   bits per character, or nats per token and perplexity; ± one standard error
+                    over sequences x draws. `(no bound)` marks figures below which -log p may lie.
+    entropy         nats: entropy of the token frequencies within a sample, mean over samples
+    spelled         share of whole words (a sample's first and last, cut at its edges, left out)
+                    that occur in the training text
+    parses          share of samples whose whole lines parse as Python, after removing the
+                    indentation they share (pycode)
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Iterable, Sequence
+
+import numpy as np
+import torch
+
+import common
+from common import RunError
+from data import TextData, load_dataset, words
+
+METHODS = ("cadd",)  # scripts with a function score(out, flags)
+
+
+def entropy(samples: Iterable[Sequence[int]]) -> float:
+    """Mean over samples (ids) of the entropy in nats of the ids' frequencies within a sample."""
+    values = []
+    for ids in samples:
+        _, counts = np.unique(np.asarray(ids), return_counts=True)
+        p = counts / counts.sum()
+        values.append(float(-(p * np.log(p)).sum()))
+    if not values:
+        raise RunError("there are no samples to score")
+    return sum(values) / len(values)
+
+
+def spelled(texts: Iterable[str], vocabulary: set[str]) -> float | None:
+    """Share of whole words found in `vocabulary`, None if no sample has one.
+
+    Edges are cut mid-word, so what touches either end of a sample is left out.
+    """
+    good = total = 0
+    for text in texts:
+        whole = [w for w in text.replace("\n", " ").split(" ")][1:-1]
+        whole = [w for w in whole if w]
+        good += sum(w in vocabulary for w in whole)
+        total += len(whole)
+    return good / total if total else None
+
+
+def parses(texts: Iterable[str]) -> float:
+    """Share of texts whose whole lines (first and last dropped) parse as Python, dedented."""
+    results = []
+    for text in texts:
+        lines = text.split("\n")[1:-1]
+        body = textwrap.dedent("\n".join(lines))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes and the like
+                ast.parse(body)
+            results.append(bool(body.strip()))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            results.append(False)
+    if not results:
+        raise RunError("there are no samples to score")
+    return sum(results) / len(results)
+
+
+def score_samples(rows: list[dict], data: TextData) -> dict:
+    """All sample metrics that make sense for `data`; rows have "text" and perhaps "ids"."""
+    texts = [row["text"] for row in rows]
+    ids = [row["ids"] if "ids" in row else data.encode(row["text"]) for row in rows]
+    out = {"samples": len(rows), "entropy_nats": entropy(ids)}
+    if data.unit == "char":
+        out["spelled"] = spelled(texts, words(data))
+    if data.name == "pycode":
+        out["parses"] = parses(texts)
+    return out
+
+
+def score_data(data: TextData, split: str, count: int = 256) -> dict:
+    """The same metrics on `count` windows of real text."""
+    rows = [row for batch in data.eval_batches(split, 64, limit=count) for row in batch]
+    return score_samples([dict(text=data.decode(row), ids=row) for row in rows], data)
+
+
+def read_samples(path: Path) -> list[dict]:
+    """samples.jsonl ({"text", "ids"} a line) or plain text, one sample a line."""
+    try:
+        lines = [line for line in path.read_text().split("\n") if line.strip()]
+        rows = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else [
+            {"text": line} for line in lines]
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read samples from {path}: {error}") from error
+    if not rows or any("text" not in row for row in rows):
+        raise RunError(f'{path} holds no samples: each line needs {{"text": ...}}')
+    return rows
+
+
+def score_run(out: Path, split: str, flags: list[str]) -> dict:
+    """A run folder's figures on the full split, from eval-SPLIT.json if that is up to date."""
+    checkpoint, kept = out / "checkpoint.pt", out / f"eval-{split}.json"
+    if not checkpoint.exists():
+        raise RunError(f"{out} is not a run folder: it has no checkpoint.pt")
+    stamp = {"mtime_ns": checkpoint.stat().st_mtime_ns, "flags": flags}
+    if kept.exists():
+        result = json.loads(kept.read_text())
+        if result.pop("of") == stamp:
+            return result
+    try:
+        method = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["method"]
+    except Exception as error:
+        raise RunError(f"{checkpoint} is truncated or not a checkpoint") from error
+    if method not in METHODS:
+        raise RunError(f"{checkpoint}: no script scores the method {method!r}")
+    result = importlib.import_module(method).score(str(out), ["--split", split, *flags])
+    common.write_json(kept, {"of": stamp, **result})
+    return result
+
+
+def show(value: float | None, digits: int = 4, percent: bool = False) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.1f}%" if percent else f"{value:.{digits}f}"
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown table; columns that no row fills are left out."""
+    names = [k for k in dict.fromkeys(k for row in rows for k in row) if any(
+        row.get(k) not in (None, "") for row in rows)]
+    lines = ["| " + " | ".join(names) + " |", "|" + "|".join("-" for _ in names) + "|"]
+    lines += ["| " + " | ".join(str(row.get(k) or "") for k in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def row_of(name: str, result: dict | None, samples: dict | None) -> dict:
+    """One line of the table."""
+    row: dict = {"run": name}
+    if result:
+        row |= {"method": result["method"], "data": f"{result['dataset']}/{result['split']}",
+                "steps": f"{result['step']:,}"}
+        for figure, f in result["figures"].items():
+            text = f"{f['value']:.4f} ± {f['stderr']:.4f}"
+            text += f" (ppl {f['perplexity']:.2f})" if "perplexity" in f else ""
+            row[f"{figure}, {f['unit']}"] = text + ("" if f["is_bound"] else " (no bound)")
+    if samples:
+        row |= {"samples": str(samples["samples"]), "entropy, nats": show(samples["entropy_nats"]),
+                "spelled": show(samples.get("spelled"), percent=True),
+                "parses": show(samples.get("parses"), percent=True)}
+    return row
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="eval.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", help="run folders, or files of samples")
+    parser.add_argument("--split", default="valid", choices=("train", "valid", "test"))
+    parser.add_argument("--data_dir", default="data", help="where datasets are")
+    parser.add_argument("--dataset", help="whose words to compare with, for files of samples")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--eval_draws", type=int, help="draws per sequence (default: the run's)")
+    args = parser.parse_args(argv)
+    flags = ["--data_dir", args.data_dir, "--device", args.device]
+    if args.eval_draws:
+        flags += ["--eval_draws", str(args.eval_draws)]
+
+    rows, sets = [], {}
+    for name in args.paths:
+        path = Path(name)
+        if not path.exists():
+            raise RunError(f"{name} does not exist: give a run folder or a file of samples")
+        result, file, dataset, length = None, path, args.dataset, None
+        if path.is_dir():
+            result = score_run(path, args.split, flags)
+            file, dataset = path / "samples.jsonl", result["dataset"]
+            length = result["length"]
+        elif not dataset:
+            raise RunError(f"{name}: say --dataset, whose text the words are compared with")
+        samples = None
+        if file.exists():
+            key = (dataset, length)
+            data = sets.setdefault(key, load_dataset(dataset, args.data_dir, length))
+            samples = score_samples(read_samples(file), data)
+        rows.append(row_of(name, result, samples))
+    for (dataset, _), data in sets.items():
+        rows.append(row_of(f"data: {dataset}/{args.split}", None, score_data(data, args.split)))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    common.run_main(main)
