@@ -96,8 +96,20 @@ def gaussian_posterior(
 # ---------------------------------------------------------------------------------------------
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (RoFormer) of x (B, heads, L, d_head); cos, sin (L, d_head/2)."""
+def rope_table(length: int, d_head: int) -> Tensor:
+    """cos and sin of position x frequency for rotary embeddings (RoFormer): (2, length, d_head/2).
+
+    A table, because a compiler that fuses the powers and sines into each layer's kernel computes
+    them anew for every element: 25% of a training step.
+    """
+    freqs = 1e4 ** (-torch.arange(0, d_head, 2) / d_head)
+    angles = torch.arange(length)[:, None] * freqs
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate x (B, L, ..., d_head) by its position along dimension 1; table (2, L, d_head/2)."""
+    cos, sin = table.view(2, 1, x.shape[1], *[1] * (x.dim() - 3), -1)
     x1, x2 = x.float().chunk(2, -1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], -1).to(x.dtype)
 
@@ -140,13 +152,20 @@ class DiTBlock(nn.Module):
         )
         self.adaln = nn.Linear(cond_dim, 6 * d)
 
-    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rope: Tensor, at: Tensor | None = None) -> Tensor:
+        """x (B, L, d), c (B or 1, cond). With `at` (B, L) the condition acts there only, and
+        elsewhere, as at the start, this is a plain pre-norm block: shift 0, scale 1, gate 1."""
         B, L, d = x.shape
-        # (B or 1, 1, 6d) -> six of (B or 1, 1, d)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, -1)
+        adaln = self.adaln(c)[:, None]                                    # (B or 1, 1, 6d)
+        if at is not None:
+            adaln = adaln * at[..., None]                                 # (B, L, 6d)
+        shift1, scale1, gate1, shift2, scale2, gate2 = adaln.chunk(6, -1)
+        if at is not None:
+            gate1, gate2 = 1 + gate1, 1 + gate2
         h = self.norm1(x) * (1 + scale1) + shift1
-        q, k, v = self.qkv(h).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        qkv = self.qkv(h).view(B, L, 3, self.heads, -1)
+        q, k = rotate(qkv[:, :, :2], rope).transpose(1, 3).unbind(2)    # (B, heads, L, d_head)
+        h = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
         h = self.out(h.transpose(1, 2).reshape(B, L, d))
         x = x + gate1 * F.dropout(h, self.dropout, self.training)
         h = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -162,7 +181,8 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self, rows: int, d: int, depth: int, heads: int, cond_dim: int = 128, dropout: float = 0.1
+        self, rows: int, d: int, depth: int, heads: int, cond_dim: int = 128, dropout: float = 0.1,
+        length: int = 1024,
     ):
         super().__init__()
         self.embed = nn.Embedding(rows, d)
@@ -170,7 +190,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(d, heads, cond_dim, dropout) for _ in range(depth))
         self.norm = LayerNorm(d)
         self.adaln = nn.Linear(cond_dim, 2 * d)
-        self.d_head = d // heads
+        self.register_buffer("rope", rope_table(length, d // heads), persistent=False)
         # Every block starts as the identity (adaLN-zero, DiT); embeddings start with standard
         # deviation d^-1/2 / sqrt(3), norm 0.58, as MDLM's; linear layers keep PyTorch's default.
         nn.init.uniform_(self.embed.weight, -(d**-0.5), d**-0.5)
@@ -178,16 +198,22 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: ids (B, L) or embeddings (B, L, d); t: (B,), or (1,) for one condition for all."""
+    def forward(
+        self, x: Tensor, t: Tensor, c: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """x: ids (B, L) or embeddings (B, L, d); t: (B,), or (1,) for one condition for all.
+
+        c (B or 1, cond) is added to the time embedding; `at` (B, L) restricts both (see DiTBlock).
+        """
         h = self.embed(x) if not x.is_floating_point() else x
-        c = F.silu(self.time(t))
-        freqs = 1e4 ** (-torch.arange(0, self.d_head, 2, device=h.device) / self.d_head)
-        angles = torch.arange(h.shape[1], device=h.device)[:, None] * freqs  # (L, d_head/2)
-        cos, sin = angles.cos(), angles.sin()
+        c = F.silu(self.time(t) if c is None else self.time(t) + c)
+        rope = self.rope[:, : h.shape[1]]
+        if rope.shape[1] < h.shape[1]:
+            raise RunError(f"{h.shape[1]} tokens are more than this model's {rope.shape[1]}")
         for block in self.blocks:
-            h = block(h, c, cos, sin)
-        shift, scale = self.adaln(c)[:, None].chunk(2, -1)
+            h = block(h, c, rope, at)
+        adaln = self.adaln(c)[:, None]
+        shift, scale = (adaln if at is None else adaln * at[..., None]).chunk(2, -1)
         return self.norm(h) * (1 + scale) + shift
 
     def flops_per_token(self, L: int) -> float:
@@ -197,34 +223,43 @@ class DiT(nn.Module):
         return 6.0 * matmul + 12.0 * len(self.blocks) * L * self.embed.weight.shape[1]
 
 
+def _cross_entropy_chunk(h, w, b, target, scale, dw, db):
+    """nll (m,) of one chunk of rows; with dw, db also adds their gradients and returns dh."""
+    logits = (h @ w.T).to(b.dtype) + b
+    lse = logits.logsumexp(-1)
+    nll = lse - logits.gather(-1, target[:, None])[:, 0]
+    if dw is None:
+        return nll, None
+    # d nll / d logits = softmax - onehot
+    onehot = torch.arange(len(b), device=h.device) == target[:, None]
+    g = ((logits - lse[:, None]).exp() - onehot.to(b.dtype)) * scale[:, None]
+    db += g.sum(0)
+    g = g.to(h.dtype)
+    dw += (g.T @ h).to(dw.dtype)
+    return nll, g @ w
+
+
+_cross_entropy_chunk_compiled = torch.compile(_cross_entropy_chunk, dynamic=False)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradient in one pass over chunks, so that the (M, V) logits never exist at once."""
 
     @staticmethod
-    def forward(ctx, h, weight, bias, target, scale, chunks):
+    def forward(ctx, h, weight, bias, target, scale, chunks, compiled):
         need_grad = any(ctx.needs_input_grad[:3])
         cast = torch.is_autocast_enabled(h.device.type)
         dtype = torch.get_autocast_dtype(h.device.type) if cast else h.dtype
-        V, d = weight.shape
+        full = torch.promote_types(dtype, torch.float32)  # logits and sums in float32 or better
+        V = len(weight)
         pad = -V % 64 if h.is_cuda else 0  # tensor cores want aligned rows: 50,257 -> 50,304
         w = F.pad(weight.to(dtype), (0, 0, 0, pad))
-        full = torch.promote_types(dtype, torch.float32)  # logits and sums in float32 or better
         b = F.pad(bias.to(full), (0, pad), value=-math.inf)  # the padding has probability 0
-        nll, dh, dw, db = [], [], torch.zeros_like(w, dtype=full), torch.zeros_like(b)
-        classes = torch.arange(V + pad, device=h.device)
+        dw = torch.zeros_like(w, dtype=full) if need_grad else None
+        db = torch.zeros_like(b) if need_grad else None
+        chunk = _cross_entropy_chunk_compiled if compiled else _cross_entropy_chunk
         parts = zip(h.to(dtype).chunk(chunks), target.chunk(chunks), scale.chunk(chunks))
-        with torch.autocast(h.device.type, enabled=False):
-            for h_i, target_i, scale_i in parts:
-                logits = (h_i @ w.T).to(full) + b
-                lse = logits.logsumexp(-1)
-                nll.append(lse - logits.gather(-1, target_i[:, None])[:, 0])
-                if need_grad:  # d nll / d logits = softmax - onehot
-                    g = (logits - lse[:, None]).exp() - (classes == target_i[:, None]).to(full)
-                    g = g * scale_i[:, None]
-                    db = db + g.sum(0)
-                    g = g.to(dtype)
-                    dh.append(g @ w)
-                    dw = dw + (g.T @ h_i).to(full)
+        nll, dh = zip(*[chunk(h_i, w, b, t_i, s_i, dw, db) for h_i, t_i, s_i in parts])
         nll = torch.cat(nll)
         if need_grad:
             ctx.save_for_backward(torch.cat(dh).to(h.dtype), dw[:V].to(weight.dtype),
@@ -235,11 +270,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         dh, dw, db = ctx.saved_tensors
-        return dh * grad, dw * grad, db * grad, None, None, None
+        return dh * grad, dw * grad, db * grad, None, None, None, None
 
 
+@torch.compiler.disable  # inside a larger graph the chunks would all be alive at once
 def linear_cross_entropy(
-    h: Tensor, weight: Tensor, bias: Tensor, target: Tensor, scale: Tensor
+    h: Tensor, weight: Tensor, bias: Tensor, target: Tensor, scale: Tensor, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """sum_i scale_i * nll_i and the nll (M,) in nats of softmax(h W^T + b), h (M, d), W (V, d).
 
@@ -247,8 +283,8 @@ def linear_cross_entropy(
     their gradient as much again; chunks of at most 2^28 logits keep the peak below 2 GB at no
     extra FLOP, because each chunk's gradient is formed while its logits are there.
     """
-    chunks = max(1, math.ceil(h.shape[0] * weight.shape[0] / 2**28))
-    return _LinearCrossEntropy.apply(h, weight, bias, target, scale, chunks)
+    chunks = 2 ** math.ceil(math.log2(max(1.0, h.shape[0] * weight.shape[0] / 2**28)))
+    return _LinearCrossEntropy.apply(h, weight, bias, target, scale, chunks, compiled)
 
 
 def masked_positions(masked: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -266,9 +302,9 @@ def mask_capacity(B: int, L: int) -> int:
     """Room for the masked positions of B sequences whose low-discrepancy t are 1/B apart.
 
     Their number has mean at most B L (1/2 + 1/B) and variance at most B L / 6; eight standard
-    deviations are exceeded once in 10^15 batches.
+    deviations are exceeded once in 10^15 batches. Rounded up to a multiple of 64 for equal chunks.
     """
-    return min(B * L, math.ceil(B * L * (0.5 + 1.0 / B) + 8 * math.sqrt(B * L / 6)))
+    return min(B * L, 64 * math.ceil((L * (0.5 * B + 1) + 8 * math.sqrt(B * L / 6)) / 64))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -604,7 +640,7 @@ def restore_rng(states: list[dict], place: Setup, step: int) -> None:
 
 
 def environment(place: Setup) -> dict:
-    """Commit, versions and hardware, for logs and results."""
+    """Commit ($CATDIFF_COMMIT where there is no git), versions and hardware, for logs."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         run = dict(capture_output=True, text=True, check=True, timeout=10)
@@ -612,7 +648,7 @@ def environment(place: Setup) -> dict:
         status = git + ["status", "--porcelain", "--untracked-files=no"]
         commit += "+changes" if subprocess.run(status, **run).stdout.strip() else ""
     except (OSError, subprocess.SubprocessError):
-        commit = "unknown"
+        commit = os.environ.get("CATDIFF_COMMIT", "unknown")
     if place.device.type == "cuda":
         hardware = f"{place.world} x {torch.cuda.get_device_name(place.device)}"
     else:

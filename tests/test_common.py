@@ -122,10 +122,10 @@ def test_dit_is_conditioned_per_sample_and_accepts_one_condition_for_all():
 
 
 def test_rotary_scores_depend_on_relative_position():
-    angles = torch.arange(10)[:, None] * torch.tensor([1.0, 0.1])
-    q, k = torch.randn(2, 1, 1, 1, 4, dtype=torch.float32)
-    q, k = (common.rotate(v.expand(1, 1, 10, 4), angles.cos(), angles.sin()) for v in (q, k))
-    score = (q @ k.transpose(-1, -2))[0, 0]
+    torch.manual_seed(0)
+    qk = torch.randn(1, 1, 2, 3, 4).expand(1, 10, 2, 3, 4)  # (B, L, q and k, heads, d_head)
+    q, k = common.rotate(qk, common.rope_table(10, 4))[0, :, :, 0].unbind(1)
+    score = q @ k.T
     assert torch.allclose(score[1:, 1:], score[:-1, :-1], atol=1e-5)
     assert not torch.allclose(score[0, :5], score[0, 1:6], atol=1e-3)
 
@@ -136,7 +136,7 @@ def test_linear_cross_entropy_and_its_gradients(chunks):
     h, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True)
                for s in [(20, 6), (11, 6), (11,)])
     target, scale = torch.randint(11, (20,)), torch.rand(20, dtype=torch.float64)
-    loss, nll = common._LinearCrossEntropy.apply(h, w, b, target, scale, chunks)
+    loss, nll = common._LinearCrossEntropy.apply(h, w, b, target, scale, chunks, False)
     (2 * loss).backward()
     got = [p.grad.clone() for p in (h, w, b)]
     for p in (h, w, b):
@@ -146,6 +146,11 @@ def test_linear_cross_entropy_and_its_gradients(chunks):
     assert torch.allclose(nll, want_nll, atol=1e-12)
     for mine, p in zip(got, (h, w, b)):
         assert torch.allclose(mine, p.grad, atol=1e-12)
+
+
+def test_dit_refuses_more_tokens_than_it_has_positions_for():
+    with pytest.raises(RunError, match="9 tokens are more than this model's 8"):
+        tiny_dit(length=8)(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1))
 
 
 def test_masked_positions_are_complete_and_fit_the_capacity():
