@@ -206,6 +206,9 @@ class DiT(nn.Module):
         c (B or 1, cond) is added to the time embedding; `at` (B, L) restricts both (see DiTBlock).
         """
         h = self.embed(x) if not x.is_floating_point() else x
+        if torch.is_autocast_enabled(h.device.type):
+            # The residual stream too: in float32 its traffic costs 5% of a step and 5 GiB.
+            h = h.to(torch.get_autocast_dtype(h.device.type))
         c = F.silu(self.time(t) if c is None else self.time(t) + c)
         rope = self.rope[:, : h.shape[1]]
         if rope.shape[1] < h.shape[1]:
@@ -232,10 +235,9 @@ def _cross_entropy_chunk(h, w, b, target, scale, dw, db):
         return nll, None
     # d nll / d logits = softmax - onehot
     onehot = torch.arange(len(b), device=h.device) == target[:, None]
-    g = ((logits - lse[:, None]).exp() - onehot.to(b.dtype)) * scale[:, None]
-    db += g.sum(0)
-    g = g.to(h.dtype)
-    dw += (g.T @ h).to(dw.dtype)
+    g = (((logits - lse[:, None]).exp() - onehot.to(b.dtype)) * scale[:, None]).to(h.dtype)
+    db += (g.new_ones(1, len(g)) @ g)[0]  # a product, since column sums are slow
+    dw += g.T @ h
     return nll, g @ w
 
 
@@ -301,10 +303,10 @@ def masked_positions(masked: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 def mask_capacity(B: int, L: int) -> int:
     """Room for the masked positions of B sequences whose low-discrepancy t are 1/B apart.
 
-    Their number has mean at most B L (1/2 + 1/B) and variance at most B L / 6; eight standard
+    Their number has mean at most (B + 1) L / 2 and variance at most B L / 6; eight standard
     deviations are exceeded once in 10^15 batches. Rounded up to a multiple of 64 for equal chunks.
     """
-    return min(B * L, 64 * math.ceil((L * (0.5 * B + 1) + 8 * math.sqrt(B * L / 6)) / 64))
+    return min(B * L, 64 * math.ceil((L * (B + 1) / 2 + 8 * math.sqrt(B * L / 6)) / 64))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 # The tensors here are tiny: threads that wait for each other would only slow the suite down.
 torch.set_num_threads(1)
