@@ -1,4 +1,4 @@
-"""Text data: one class that hands out batches, and one recipe per data set.
+"""Text data and toys: one class that hands out batches, and one recipe per data set.
 
     python data.py pydoc                      # no download: prepares the set and describes it
     python data.py text8 --data_dir data      # downloads 31 MB
@@ -49,7 +49,7 @@ class TextData:
     name: str
     vocab_size: int  # V: the symbols a model may produce, ids 0..V-1
     length: int  # L: tokens per sequence
-    unit: str  # what one id is: "char", "byte" or "token"
+    unit: str  # what one id is: "char", "byte", "token" or "bin" (toys)
     splits: dict[str, np.ndarray]  # "train", "valid", "test" -> (N,) stream or (N, L) rows
     codec: "Codec"  # text <-> ids
     bos_id: int | None = None
@@ -738,6 +738,57 @@ def build_lm1b_padded(shop: Workshop) -> dict:
     return build_lm1b(shop, padded=True)
 
 
+# ---------------------------------------------------------------- toys: points in the plane
+
+TOY_BINS = 100   # per axis: V
+TOY_POINTS = 100_000  # per split
+
+
+def checkerboard(rng: np.random.Generator, n: int) -> np.ndarray:
+    """(n, 2) points, uniform on the eight dark squares of a 4 x 4 board: two periods per axis.
+
+    Paper: VADD (B.1) says "nrows=2, ncols=2", which no generator of points in scikit-learn has.
+    """
+    square = rng.integers(8, size=n)
+    row = square // 2
+    column = 2 * (square % 2) + row % 2
+    return np.stack([row, column], 1) + rng.random((n, 2))
+
+
+def swissroll(rng: np.random.Generator, n: int) -> np.ndarray:
+    """(n, 2): the spiral r = angle over 1.5 pi .. 4.5 pi, with Gaussian noise of .2."""
+    angle = 1.5 * np.pi * (1 + 2 * rng.random(n))
+    roll = angle[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    return roll + 0.2 * rng.standard_normal((n, 2))
+
+
+def circles(rng: np.random.Generator, n: int) -> np.ndarray:
+    """(n, 2): half of the points on a circle of radius 1, half on .5, Gaussian noise of .02."""
+    angle, radius = 2 * np.pi * rng.random(n), np.where(np.arange(n) % 2, 0.5, 1.0)
+    ring = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    return ring + 0.02 * rng.standard_normal((n, 2))
+
+
+TOYS = {"checkerboard": checkerboard, "swissroll": swissroll, "circles": circles}
+
+
+def load_toy(name: str) -> TextData:
+    """A toy of VADD's section 5.1: rows (100,000, 2) of bins 0..99, drawn in a moment.
+
+    Each axis is rescaled to [0, 1] by the training points' extremes and cut into 100 bins. The
+    train histograms' entropies: 8.492, 7.088, 7.418 nats; eight dark squares have ln 5000 = 8.517,
+    the rest is the bias of 100,000 counts in 5,000 cells.
+    """
+    draw, low, high, splits = TOYS[name], None, None, {}
+    for number, split in enumerate(("train", "valid", "test")):
+        points = draw(np.random.default_rng(number), TOY_POINTS)
+        if low is None:
+            low, high = points.min(0), points.max(0)
+        bins = np.floor((points - low) / (high - low) * TOY_BINS)
+        splits[split] = np.clip(bins, 0, TOY_BINS - 1).astype(np.uint8)
+    return TextData(name, TOY_BINS, 2, "bin", splits, IdCodec())
+
+
 # ---------------------------------------------------------------- loading
 
 
@@ -767,13 +818,16 @@ def load_dataset(name: str, data_dir: str | Path = "data", length: int | None = 
     """A set of DATASETS, prepared under `data_dir` at the first call, or a folder of your own.
 
     Raw files already in data_dir/NAME are used, others downloaded there. If that folder cannot be
-    written, the cache folder is (~/.cache/catdiff, or $CATDIFF_CACHE). Raises DataError.
+    written, the cache folder is (~/.cache/catdiff, or $CATDIFF_CACHE). Toys (TOYS) are drawn, not
+    stored. Raises DataError.
     """
+    if name in TOYS:
+        return load_toy(name)
     if name not in DATASETS:
         if Path(name).is_dir():
             return load_folder(Path(name), length)
-        raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}, or give a "
-                        "folder with train and valid as .txt, .txt.xz or .npy")
+        raise DataError(f"unknown dataset {name!r}: choose one of {', '.join([*DATASETS, *TOYS])}, "
+                        "or give a folder with train and valid as .txt, .txt.xz or .npy")
     recipe = DATASETS[name]
     length = length or recipe.length
     key = name if length == recipe.length or not recipe.rows else f"{name}-{length}"
@@ -901,7 +955,7 @@ def ngram_entropies(data: TextData, split: str = "train") -> tuple[float, float]
     What a model that knows only these frequencies would reach. Characters and bytes only.
     """
     V, tokens = data.vocab_size, data._tokens(split)
-    if data.unit == "token" or tokens.ndim != 1:
+    if data.unit not in ("char", "byte") or tokens.ndim != 1:
         raise DataError(f"{data.name}: n-gram entropies are for streams of characters or bytes")
     pairs = np.zeros(V * V, dtype=np.int64)
     for i in range(0, len(tokens) - 1, 1 << 24):  # in pieces, to bound memory
@@ -931,7 +985,7 @@ def describe(data: TextData) -> None:
         print(f"{split:>6}: {tokens.size:,} {data.unit}s, {data.num_sequences(split):,} sequences")
     first = next(data.eval_batches("valid", 1, limit=1))[0]
     print(f"excerpt of valid: {data.decode(first)[:300]!r}")
-    if data.unit != "token":
+    if data.unit in ("char", "byte"):
         one, two = ngram_entropies(data, "valid")
         print(f"entropy of valid: {one:.3f} bits per {data.unit}, {two:.3f} given the one before")
 
@@ -939,7 +993,7 @@ def describe(data: TextData) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help=f"one of {', '.join(DATASETS)}, or a folder")
+    parser.add_argument("name", help=f"one of {', '.join([*DATASETS, *TOYS])}, or a folder")
     parser.add_argument("--data_dir", default="data", help="where data sets are kept")
     parser.add_argument("--length", type=int, help="tokens per sequence")
     args = parser.parse_args()

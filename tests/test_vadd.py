@@ -1,0 +1,785 @@
+"""vadd.py: likelihoods and sampler against exact small worlds; whole runs; the toys."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import eval as metrics
+import vadd
+import vadd_toys
+from common import RunError
+from data import DATASETS, TOYS, TextData, load_dataset
+from vadd import VADD, Config, Mixture
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# ------------------------------------------------------------------------- a tiny world
+# 3 symbols x 2 positions with a strong dependence, and a latent of one dimension.
+
+V, L = 3, 2
+WORLD = torch.tensor([[0.30, 0.02, 0.01], [0.03, 0.25, 0.04], [0.05, 0.10, 0.20]],
+                     dtype=torch.float64)  # p(x^1, x^2)
+STATES = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (9, 2)
+P = WORLD.flatten()
+ENTROPY = -(P * P.log()).sum().item()
+# Quadrature over z ~ N(0, 1) at the midpoints of equal quantiles: exact here, where the denoiser
+# jumps at multiples of .01 in z's quantile.
+QUANTILE = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+GRID, WEIGHT = torch.special.ndtri(QUANTILE), torch.full((2000,), 1 / 2000, dtype=torch.float64)
+
+
+class World:
+    """Stands in for VADD. Given z the positions are independent, over z ~ N(0, 1) they are not:
+    z's quantile names a state of the world, which the denoiser then writes; in a partly visible
+    x_t it gives the exact conditional. `sharp` < 1 blurs it, `latent=0` makes it the exact MDM."""
+
+    V, mask_id = V, V
+
+    def __init__(self, latent=1, sharp=0.98, recognition=(0.0, 0.0)):
+        self.cfg = Config(latent_dim=latent, net="mlp", length=L)
+        self.sharp, self.recognition = sharp, recognition
+
+    def denoise(self, x_t, z, t):
+        """log mu (B, L, V) float64."""
+        out = torch.empty(len(x_t), L, V, dtype=torch.float64)
+        one = torch.stack([WORLD.sum(1), WORLD.sum(0)])                    # marginals (L, V)
+        if z is None:
+            both = one.expand(len(x_t), L, V)
+        else:
+            q = 0.5 * (1 + torch.erf(z[:, 0].double() / math.sqrt(2)))
+            state = STATES[torch.searchsorted(P.cumsum(0), q).clamp_max(8)]     # (B, L)
+            both = self.sharp * F.one_hot(state, V).double() + (1 - self.sharp) * one
+        other = x_t.flip(1).clamp_max(V - 1)                               # the other one's
+        given = torch.stack([WORLD[:, other[:, 0]].T, WORLD[other[:, 1]]], 1)   # (B, L, V)
+        given = given / given.sum(-1, keepdim=True)
+        out = torch.where((x_t.flip(1) == V)[..., None], both, given)
+        return out.log()
+
+    def logits(self, h):
+        return h
+
+    def recognise(self, x0, x_t, t):
+        """An arbitrary Gaussian: N(mean by x_0, std)."""
+        mean, log_std = self.recognition
+        return mean * (x0[:, :1] - 1.0), torch.full((len(x0), 1), log_std)
+
+    def prior_at(self, x_t, t):
+        zeros = torch.zeros(1, 1, 1)
+        return Mixture(zeros[..., 0], zeros, zeros)
+
+
+def estimates(model, draws, K, T=(1,), seed=0):
+    """{figure: (mean nats of each of the nine states, its standard error)}."""
+    x0 = STATES.repeat_interleave(draws, 0)
+    values = vadd.likelihoods(model, iter([x0]), 1, seed, K=K, bound_steps=T)
+    values = {name: L * v.view(9, draws) for name, v in values.items()}
+    return {name: (v.mean(1), v.std(1) / math.sqrt(draws)) for name, v in values.items()}
+
+
+def sampled_exactly(model, T):
+    """The distribution (9,) of the T-step sampler, by enumeration and quadrature over z."""
+    all_states = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))      # (16, 2)
+    p = (all_states == V).all(1).double()                                  # starts all masked
+    for k in range(T, 0, -1):
+        flip, new = 1 / k, torch.zeros_like(p)
+        for x_t, mass in zip(all_states, p):
+            if mass == 0:
+                continue
+            z = GRID[:, None] if model.cfg.latent_dim else None
+            n = len(GRID) if model.cfg.latent_dim else 1
+            mu = model.denoise(x_t.expand(n, L), z, None).exp()            # (n, L, V)
+            step = torch.zeros(n, L, V + 1, dtype=torch.float64)
+            for i in range(L):
+                if x_t[i] == V:
+                    step[:, i, :V], step[:, i, V] = flip * mu[:, i], 1 - flip
+                else:
+                    step[:, i, x_t[i]] = 1
+            both = step[:, 0, :, None] * step[:, 1, None, :]               # (n, 4, 4)
+            weight = WEIGHT if model.cfg.latent_dim else torch.ones(1, dtype=torch.float64)
+            new += mass * torch.einsum("n,nab->ab", weight, both).flatten()
+        p = new
+    return p[(all_states < V).all(1)]
+
+
+def test_bounds_sum_to_at_most_one_and_the_papers_figure_does_not():
+    """The point of nll_bound: 3 x 3 states, a denoiser that models their dependence in one step."""
+    out = estimates(World(), 400, K=200, T=(1, 2, 4, 16))
+    for T in (1, 2, 4, 16):
+        mean, error = out[f"nll_bound_{T}"]
+        p = (-mean).exp()
+        slack = 4 * (p * error).square().sum().sqrt()
+        assert p.sum() <= 1 + slack and slack < 0.05
+        exact = -sampled_exactly(World(), T).log()
+        assert (mean > exact - 4 * error - 0.02).all()                     # state by state
+    mean, error = out["nll_delbo"]
+    p = (-mean).exp()
+    assert p.sum() > 1.2 + 4 * (p * error).square().sum().sqrt()           # no bound
+    assert (P * mean).sum() < ENTROPY - 0.1                                # below the entropy
+
+
+@pytest.mark.parametrize("recognition", [(0.0, 0.0), (0.8, -0.5)])
+def test_one_step_bound_equals_the_exact_marginal_likelihood(recognition):
+    """Quadrature over z against importance sampling with two proposals; K = 8,000."""
+    model = World(recognition=recognition)
+    mu = model.denoise(torch.full((len(GRID), L), V), GRID[:, None], None).exp()
+    exact = torch.einsum("n,na,nb->ab", WEIGHT, mu[:, 0], mu[:, 1]).flatten()
+    assert exact.sum().item() == pytest.approx(1)
+    assert torch.allclose(sampled_exactly(model, 1), exact)
+    assert (exact - P).abs().max() > 0.001
+    mean, error = estimates(model, 40, K=8000)["nll_bound_1"]
+    # the log's bias is half of the relative variance of the mean over K draws: Var = error^2 n
+    assert ((mean + exact.log()).abs() < 4 * error + 20 * error**2).all() and error.max() < 0.04
+
+
+def test_a_narrow_recognition_network_cannot_spoil_the_bound():
+    """Half of the draws come from the prior: a proposal that misses costs at most ln 2 or so."""
+    model = World(recognition=(5.0, -3.0))
+    exact = -sampled_exactly(model, 1).log()
+    mean, error = estimates(model, 100, K=400)["nll_bound_1"]
+    assert (mean > exact - 4 * error).all() and (mean < exact + 1.0).all()
+
+
+@pytest.mark.parametrize("T", [1, 2, 16])
+def test_without_a_latent_both_figures_are_mdlms(T):
+    """Exact values: E_t of the MDM bound is the mean over orders; T steps reveal both at once
+    with probability 1/T."""
+    model = World(latent=0)
+    one, two = WORLD.sum(1), WORLD.sum(0)
+    orders = -torch.stack([one.log()[:, None] + (WORLD / one[:, None]).log(),
+                           two.log()[None] + (WORLD / two).log()]).mean(0).flatten()
+    product = -(one.log()[:, None] + two.log()).flatten()
+    out = estimates(model, 3000, K=1, T=(T,))
+    mean, error = out["nll_delbo"]
+    assert ((mean - orders).abs() < 4.5 * error + 1e-9).all() and error.max() < 0.1
+    mean, error = out[f"nll_bound_{T}"]
+    want = product / T + orders * (1 - 1 / T)
+    assert ((mean - want).abs() < 4.5 * error + 1e-9).all()
+
+
+def test_more_draws_of_z_raise_the_delbo():
+    """Eq. 21 for K = 1, 4, 16, by more than three standard errors each."""
+    model = World(sharp=0.8, recognition=(0.5, -0.3))
+    values = []
+    for K in (1, 4, 16):
+        mean, error = estimates(model, 400, K)["nll_delbo"]
+        values.append(((P * mean).sum(), (P * error).square().sum().sqrt()))
+    for (a, ea), (b, eb) in zip(values, values[1:]):
+        assert b < a - 3 * (ea**2 + eb**2).sqrt()
+
+
+def test_padding_is_neither_scored_nor_counted():
+    """A uniform denoiser gives ln V per valid token, whatever stands beside it."""
+    class Uniform(World):
+        def denoise(self, x_t, z, t):
+            return torch.zeros(*x_t.shape, V, dtype=torch.float64)
+    x0 = torch.cat([STATES % 2, torch.full_like(STATES, 2)], 1).repeat(500, 1)  # 2 is the padding
+    values = vadd.likelihoods(Uniform(latent=0), iter([x0]), 1, 0, pad_id=2, bound_steps=(1, 3))
+    for name, v in values.items():
+        error = v.std().item() / len(v) ** 0.5
+        assert v.mean().item() == pytest.approx(math.log(V), abs=5 * error + 1e-9), name
+
+
+# ------------------------------------------------------------------------- Gaussians
+
+
+def test_kl_in_closed_form_equals_monte_carlo():
+    torch.manual_seed(0)
+    mean, log_std, mean_0, log_std_0 = torch.randn(4, 3, dtype=torch.float64) * 0.5
+    z = mean + log_std.exp() * torch.randn(200_000, 3, dtype=torch.float64)
+    log_ratio = vadd.log_normal(z, mean, log_std) - vadd.log_normal(z, mean_0, log_std_0)
+    exact = vadd.gaussian_kl(mean, log_std, mean_0, log_std_0).sum()
+    assert abs(log_ratio.mean() - exact) < 5 * log_ratio.std() / len(z) ** 0.5
+    normal = torch.distributions.Normal
+    want = torch.distributions.kl_divergence(normal(mean, log_std.exp()),
+                                             normal(mean_0, log_std_0.exp()))
+    assert torch.allclose(vadd.gaussian_kl(mean, log_std, mean_0, log_std_0), want)
+
+
+def test_mixture_draws_from_its_density():
+    """It integrates to one; draws have its moments, and its entropy by log_prob."""
+    mixture = Mixture(torch.tensor([[0.0, 1.0]]), torch.tensor([[[-2.0], [1.0]]]),
+                      torch.tensor([[[-1.0], [0.2]]]))
+    grid, dz = torch.linspace(-8, 8, 4001), 16 / 4000
+    density = mixture.log_prob(grid[:, None, None])[:, 0].exp()
+    assert density.sum().item() * dz == pytest.approx(1, abs=1e-4)
+    n, g = 100_000, torch.Generator().manual_seed(0)
+    z = mixture.draw(torch.rand(n, generator=g), torch.randn(n, 1, generator=g))
+    mean, log_std = mixture.moments()
+    assert abs(z.mean() - mean) < 5 * log_std.exp() / n**0.5
+    assert abs(z.std() - log_std.exp()) < 0.02
+    entropy = -(density * density.log()).sum() * dz
+    assert abs(-mixture.log_prob(z[:, None]).mean() - entropy) < 0.02
+
+
+# ------------------------------------------------------------------------- model and loss
+
+
+def tiny_model(seed=0, std=0.3, **flags):
+    torch.manual_seed(seed)
+    flags = {"dim": 8, "heads": 2, "depth": 2, "dropout": 0.0, "latent_dim": 3, "length": 7,
+             "components": 4, **flags}
+    model = VADD(Config(**flags), vocab_size=5)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return model
+
+
+def tiny_batch(seed=0, B=6, length=7, latent=3):
+    g = torch.Generator().manual_seed(seed)
+    x0 = torch.randint(5, (B, length), generator=g)
+    t = common.low_discrepancy_t(torch.arange(B), B, 0.3, 1e-3)
+    u = torch.rand(B, length, generator=g)
+    u[0] = 1.0                                                             # nothing masked here
+    eps = torch.randn(B, latent, generator=g)
+    return x0, t, u, eps, torch.ones_like(x0, dtype=torch.bool), torch.tensor(0.5)
+
+
+@pytest.mark.parametrize("net", ["dit", "mlp"])
+def test_latent_dim_0_is_mdlm(net):
+    """Ten lines of MDLM, written independently: loss and every gradient agree."""
+    model = tiny_model(latent_dim=0, net=net)
+    x0, t, u, eps, valid, weight = tiny_batch(latent=0)
+    loss, stats, per_dim = model(x0, t, u, eps, valid, weight)
+    loss.backward()
+    got = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    x_t = x0.clone()
+    x_t[u < t[:, None]] = 5                                                # [MASK]
+    if net == "dit":
+        logits = model.denoiser.net(x_t, torch.zeros(1)) @ model.head.weight.T + model.head.bias
+        logits[..., 5] = -torch.inf                                        # never predicts [MASK]
+    else:
+        logits = model.denoiser(x_t, None, torch.zeros(1))
+    log_p = logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0]
+    mdlm = -(log_p * (x_t == 5) / t[:, None]).sum()
+    mdlm.backward()
+    assert loss.item() == pytest.approx(mdlm.item(), rel=1e-5) and len(per_dim) == 0
+    assert stats[3:5].sum() == 0 and stats[2].sum().item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert (got[name] - p.grad).norm() < 1e-3 * p.grad.norm(), name
+    assert not [k for k in got if "latent" in k or "recognition" in k or "prior" in k]
+
+
+def test_latent_dim_0_has_mdlms_parameters():
+    with torch.device("meta"):
+        model = VADD(Config(latent_dim=0), 50257)
+    assert sum(p.numel() for p in model.parameters()) == 169_627_218       # cadd --hint none
+
+
+@pytest.mark.parametrize("net", ["dit", "mlp"])
+@pytest.mark.parametrize("prior", ["normal", "informed"])
+def test_loss_follows_equation_11(net, prior):
+    """One sample at a time; the KL by torch.distributions; nothing masked counts nothing."""
+    model = tiny_model(net=net, prior=prior, time_cond=True)
+    x0, t, u, eps, valid, weight = tiny_batch()
+    loss, stats, per_dim = model(x0, t, u, eps, valid, weight)
+    want, want_kl = 0.0, 0.0
+    normal = torch.distributions.Normal
+    for j in range(len(x0)):
+        masked = u[j] < t[j]
+        if not masked.any():
+            continue
+        x_t = torch.where(masked, 5, x0[j])[None]
+        mean, log_std = model.recognise(x0[j:j + 1], x_t, t[j:j + 1])
+        z = mean + log_std.exp() * eps[j]
+        log_r = normal(mean, log_std.exp()).log_prob(z).sum()
+        if prior == "normal":
+            posterior = normal(mean, log_std.exp())
+            kl = torch.distributions.kl_divergence(posterior, normal(0.0, 1.0)).sum()
+        else:
+            mix = model.prior_at(x_t, t[j:j + 1])
+            comps = normal(mix.mean, mix.log_std.exp()).log_prob(z[:, None]).sum(-1)
+            kl = log_r - (mix.logits.log_softmax(-1) + comps).logsumexp(-1)[0]
+        logits = model.logits(model.denoise(x_t, z, t[j:j + 1]))[0, masked]
+        nll = F.cross_entropy(logits, x0[j][masked], reduction="sum")
+        want = want + (nll + 0.5 * kl) / t[j]
+        want_kl = want_kl + kl
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+    assert stats[4].sum().item() == pytest.approx(want_kl.item(), rel=1e-4)
+    assert stats[5].sum() == 5 and stats[1].sum() == (u < t[:, None]).sum()
+    if prior == "normal":
+        assert per_dim.sum().item() == pytest.approx(want_kl.item(), rel=1e-4)
+
+
+def test_padding_carries_no_loss():
+    model, (x0, t, u, eps, valid, weight) = tiny_model(), tiny_batch()
+    full, _, _ = model(x0, t, u, eps, valid, weight)
+    part = valid.clone()
+    part[:, 4:] = False
+    loss, stats, _ = model(x0, t, u, eps, part, weight)
+    assert loss < full and stats[1].sum() == ((u < t[:, None]) & part).sum()
+    _, stats, per_dim = model(x0, t, u, eps, torch.zeros_like(valid), weight)
+    assert stats.sum() == 0 and per_dim.sum() == 0
+
+
+@pytest.mark.parametrize("flags", [
+    {"prior": "informed"}, {"time_cond": True}, {"net": "mlp"}, {"latent_dim": 0},
+    {"prior": "informed", "components": 2}])
+def test_every_option_changes_the_loss(flags):
+    def loss(f):
+        return tiny_model(**f)(*tiny_batch(latent=f.get("latent_dim", 3)))[0].item()
+    base = {"prior": "informed"} if "components" in flags else {}
+    assert loss(flags) != pytest.approx(loss(base), rel=1e-6)
+
+
+def test_dropout_acts_in_training_only():
+    model, batch = tiny_model(dropout=0.5), tiny_batch()
+    assert model(*batch)[0] != model(*batch)[0]
+    model.eval()
+    assert model(*batch)[0] == model(*batch)[0]
+
+
+@pytest.mark.parametrize("net", ["dit", "mlp"])
+def test_z_reaches_every_position_and_every_block(net):
+    model = tiny_model(net=net)
+    x_t, t = torch.full((2, 7), 5), torch.zeros(2)
+    z = torch.tensor([[0.0, 0.0, 0.0], [1.0, -1.0, 2.0]])
+    a, b = model.logits(model.denoise(x_t, z, t))
+    assert ((a - b).abs().amax(-1) > 1e-4).all()
+    if net == "dit":
+        for i in range(2):  # with the other blocks' adaLN (and the last one) silenced
+            model = tiny_model()
+            for k, layer in enumerate([*[b.adaln for b in model.denoiser.net.blocks],
+                                       model.denoiser.net.adaln]):
+                if k != i:
+                    torch.nn.init.zeros_(layer.weight)
+            a, b = model.logits(model.denoise(x_t, z, t))
+            assert not torch.allclose(a, b, atol=1e-4)
+
+
+def test_recognition_network_applies_adaln_at_masked_positions_only():
+    """Section 3.3: unmasked positions see no shift, scale or gate; M_t matters for equal x_0."""
+    model = tiny_model()
+    net, x0 = model.recognition, tiny_batch()[0]
+
+    def run(masked):
+        return net(x0, None, masked, torch.zeros(1))
+    none, some = torch.zeros(6, 7, dtype=torch.bool), torch.zeros(6, 7, dtype=torch.bool)
+    some[:, 2] = True
+    before, before_some = run(none), run(some)
+    assert not torch.allclose(before, before_some, atol=1e-4)              # it does see M_t
+    with torch.no_grad():
+        net.R.add_(1.0)
+        for layer in [*[b.adaln for b in net.net.blocks], net.net.adaln]:
+            layer.weight.mul_(-2).add_(0.1)
+            layer.bias.add_(1.0)
+    assert torch.equal(run(none), before) and not torch.allclose(run(some), before_some, atol=1e-4)
+
+    # one block, position by position: modulation where masked, a plain pre-norm block elsewhere
+    block, c, h = net.net.blocks[0], torch.randn(1, 128), torch.randn(2, 7, 8)
+    rope = torch.stack([torch.ones(7, 2), torch.zeros(7, 2)])              # no rotation
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.adaln(c)[0].chunk(6)
+    at = some[:2, :, None].float()
+    y = block.norm1(h) * (1 + at * scale1) + at * shift1
+    q, k, v = block.qkv(y).view(2, 7, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    y = block.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 7, 8))
+    want = h + (1 + at * gate1) * y
+    y = block.mlp(block.norm2(want) * (1 + at * scale2) + at * shift2)
+    want = want + (1 + at * gate2) * y
+    assert torch.allclose(block(h, c, rope, some[:2]), want, atol=1e-5)
+
+
+def test_siamese_recognition_depends_on_both_inputs():
+    model, (x0, t, *_) = tiny_model(net="mlp"), tiny_batch()
+    x_t = torch.where(torch.arange(7) < 3, 5, x0)
+    mean, _ = model.recognise(x0, x_t, t)
+    assert not torch.allclose(mean, model.recognise(x0, x0, t)[0], atol=1e-5)
+    assert not torch.allclose(mean, model.recognise((x0 + 1) % 5, x_t, t)[0], atol=1e-5)
+
+
+def test_noise_is_a_function_of_seed_step_and_sample():
+    """New at every step, with another seed, and for every sample; no matter which rank."""
+    data = load_dataset("circles")
+    cfg = Config(length=2, latent_dim=2, batch_size=8)
+    place = common.setup(Config(device="cpu"))
+    load = lambda step, index, cfg=cfg: vadd.load_noise(  # noqa: E731
+        cfg, data, step, torch.tensor(index), place)[1:4]
+    whole, seen = load(3, range(8)), []
+    for part, full in zip(load(3, [5, 1]), whole):
+        assert torch.equal(part, full[[5, 1]])
+    for other in [whole, load(9, range(8)), load(3, range(8), dataclasses.replace(cfg, seed=1))]:
+        seen += [x.flatten() for x in other]
+    values = torch.cat(seen)
+    assert len(values.unique()) == len(values)
+
+
+def test_kl_weight_ramps_from_0_to_1():
+    cfg = Config(kl_ramp=4)
+    assert [vadd.kl_weight(s, cfg) for s in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert vadd.kl_weight(0, Config(kl_ramp=0)) == 1
+
+
+# ------------------------------------------------------------------------- sampler
+
+
+def chi_square(x, p):
+    counts = torch.bincount(x[:, 0] * V + x[:, 1], minlength=9).double()
+    return ((counts - p * len(x)) ** 2 / (p * len(x))).sum().item()
+
+
+def draw(model, T, n=10_000, **options):
+    start = torch.full((n, L), V)
+    return list(vadd.sample(model, start, T, generator=torch.Generator().manual_seed(1), **options))
+
+
+def test_sampler_and_trainer_share_one_clock():
+    """The exact denoiser without latent gives the data's distribution; 35 is exceeded once in
+    30,000 times at 8 degrees of freedom. After k of T steps 1 - k/T are masked."""
+    states = draw(World(latent=0), 200)
+    assert chi_square(states[-1], P) < 35
+    for k, x in enumerate(states, 1):
+        assert abs((x == V).double().mean().item() - (1 - k / 200)) < 5 * math.sqrt(0.25 / 20_000)
+
+
+@pytest.mark.parametrize("T", [1, 2, 4])
+def test_samples_follow_the_exact_transition(T):
+    """Algorithm 2 against enumeration and quadrature: one z per step, shared by both positions."""
+    model = World(sharp=0.9)
+    x = draw(model, T)[-1]
+    assert chi_square(x, sampled_exactly(model, T)) < 35
+    product = (WORLD.sum(1)[:, None] * WORLD.sum(0)).flatten()
+    assert chi_square(x, product) > 500                                    # what MDLM would do
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_p": 0.5}])
+def test_infilling_never_touches_kept_positions(options):
+    model = tiny_model(seed=3)
+    x = torch.tensor([[5, 1, 5, 5, 4, 0, 5]]).repeat(512, 1)
+
+    def run(**kwargs):
+        return list(vadd.sample(model, x, 8, generator=torch.Generator().manual_seed(0), **kwargs))
+    states, kept = run(**options), x != 5
+    for state in states:
+        assert torch.equal(state[kept], x[kept])
+    assert (states[-1] < 5).all() and (states[0] == 5).any()
+    assert not options or not torch.equal(states[-1], run()[-1])
+
+
+# ------------------------------------------------------------------------- toys and their metrics
+
+
+@pytest.mark.parametrize("name,entropy,one_step,five_steps", [
+    ("checkerboard", 8.491, 1.389, 0.211), ("swissroll", 7.085, 2.593, 0.287),
+    ("circles", 7.411, 2.271, 0.263)])
+def test_toys_are_the_papers(name, entropy, one_step, five_steps):
+    """Entropies; a perfect MDM's samples give Table 1's MDLM rows, 1.395/2.619/2.273 at 1 step."""
+    data = load_dataset(name, "nowhere")
+    p = metrics.histogram(data.splits["train"])
+    assert data.splits["train"].shape == (100_000, 2)
+    assert data.length == 2 and data.vocab_size == 100
+    assert metrics.histogram_entropy(p) == pytest.approx(entropy, abs=0.015)
+    rows, (_, best, own) = metrics.toy_rows(data, {1: p, 5: p}, "own", 100_000)
+    assert rows["mdlm at best"][1]["jeffreys_1e-6"] == pytest.approx(one_step, rel=0.03)
+    assert rows["mdlm at best"][5]["jeffreys_1e-6"] == pytest.approx(five_steps, rel=0.15)
+    assert rows["own"][1] == pytest.approx({"jeffreys_1e-6": 0, "js": 0}, abs=1e-12)
+    assert 0.01 < rows["data"][1]["jeffreys_1e-6"] < 0.07                  # sampling noise alone
+    assert own is p and not np.array_equal(data.splits["train"], data.splits["valid"])
+
+
+def test_divergences_by_hand():
+    p, q = np.array([[0.5, 0.5, 0.0]]), np.array([[0.5, 0.0, 0.5]])
+    assert metrics.jensen_shannon(p, q) == pytest.approx(0.5 * math.log(2))
+    kl = 0.5 * (math.log(0.5 + 1e-6) - math.log(1e-6))
+    assert metrics.jeffreys(p, q) == pytest.approx(kl) and metrics.jeffreys(p, q) > math.log(2)
+
+
+def test_perfect_mdm_is_the_samplers_distribution():
+    p = WORLD.numpy()
+    for T in (1, 2, 5):
+        exact = sampled_exactly(World(latent=0), T)
+        assert np.allclose(metrics.perfect_mdm(p, T).ravel(), exact.numpy())
+
+
+# ------------------------------------------------------------------------- whole runs
+
+TINY = ["--device", "cpu", "--dim", "16", "--depth", "1", "--batch_size", "8", "--micro_batch", "8",
+        "--lr", "1e-2", "--lr_schedule", "constant", "--warmup", "2", "--kl_ramp", "4",
+        "--log_every", "2", "--save_every", "3", "--sample_steps", "4", "--eval_sequences", "8",
+        "--eval_draws", "1", "--K", "2", "--bound_steps", "1,2"]
+TOY = [*TINY, "--samples", "50"]
+TEXT = [*TINY, "--dataset", "pydoc", "--heads", "2", "--length", "16", "--latent_dim", "3",
+        "--samples", "2"]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture()
+def run(tmp_path, data_dir):
+    """run(steps, *flags, kind=TOY, out="a") -> the run folder."""
+    def go(steps, *flags, kind=TOY, out="a"):
+        folder = tmp_path / out
+        vadd.main([*kind, "--data_dir", data_dir, "--out", str(folder), "--steps", str(steps),
+                   *flags])
+        return folder
+    return go
+
+
+def records(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {r["step"]: r for r in lines if "delbo_nats" in r}
+
+
+def losses(folder):
+    return {step: r["delbo_nats"] for step, r in records(folder).items()}
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def test_a_toy_run_leaves_everything_it_should(run, capsys):
+    out = run(8)
+    printed = capsys.readouterr().out
+    for word in ("nll_delbo", "nll_bound_1", "nll_bound_2", "no bound", "mdlm at best",
+                 "samples.png", "entropy of checkerboard/train: 8.49"):
+        assert word in printed, word
+    result = json.loads((out / "result.json").read_text())
+    assert set(result["toy"]) == {"data", "mdlm at best", "vadd"}
+    assert set(result["toy"]["vadd"]) == {"1", "5", "10", "20"}
+    figures = result["figures"]
+    assert not figures["nll_delbo"]["is_bound"] and figures["nll_bound_1"]["is_bound"]
+    assert figures["nll_delbo"]["unit"] == "nats/point" and figures["nll_delbo"]["draws"] == 8
+    from PIL import Image
+    assert Image.open(out / "samples.png").size == (932, 316)
+    assert np.load(out / "histograms.npz")["1"].sum() == pytest.approx(1, abs=1e-4)
+    last = records(out)[8]
+    assert last["kl_weight"] == 1 and len(last["kl_per_dim"]) == 2 and "active_dims" in last
+
+
+def test_a_text_run_and_its_samples(run, capsys, tmp_path):
+    out = run(4, kind=TEXT)
+    printed = capsys.readouterr().out
+    assert printed.count("--- sample") == 2 and "bits/char" in printed and "unigram" in printed
+    flags = ["--dataset", "pydoc", "--mode", "sample", "--out", str(out), "--device", "cpu",
+             "--data_dir", str(tmp_path / "nothing here"), "--samples", "3", "--sample_batch", "2"]
+    vadd.main(flags)
+    first = capsys.readouterr().out
+    assert first.count("--- sample") == 3
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 3
+    vadd.main(flags)
+    assert capsys.readouterr().out == first                                # a fixed seed
+    vadd.main(["--dataset", "pydoc", "--mode", "eval", "--out", str(out), "--split", "test",
+               "--data_dir", str(tmp_path / "d"), "--eval_draws", "2"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0]["nll_delbo"]["split"] == "test" and lines[0]["nll_delbo"]["draws"] == 16
+
+
+def test_sampling_a_toy_writes_its_picture(run, capsys):
+    out = run(2)
+    (out / "samples.png").unlink()
+    capsys.readouterr()
+    vadd.main(["--mode", "sample", "--out", str(out), "--sample_steps", "3", "--samples", "10"])
+    assert "3 steps" in capsys.readouterr().out and (out / "samples.png").exists()
+
+
+def test_eval_compares_toy_runs_in_one_table_and_one_picture(run, capsys):
+    a, b = run(2, out="a"), run(2, "--latent_dim", "0", out="b")
+    capsys.readouterr()
+    metrics.main([str(a), str(b), "--device", "cpu", "--split", "test"])
+    lines = [line for line in capsys.readouterr().out.splitlines()]
+    assert "jeffreys_1e-6, T = 1" in lines[0] and "nll_bound_2, nats/point" in lines[0]
+    assert "(no bound)" in lines[2] and "| mdlm |" in lines[3] and "(no bound)" not in lines[3]
+    assert lines[4].startswith("| data: checkerboard") and "mdlm at best" in lines[5]
+    from PIL import Image
+    assert Image.open(a / "side-by-side.png").size == (4 * 308 + 8, 316)
+
+
+@pytest.mark.parametrize("kind,flags", [
+    (TOY, []), (TOY, ["--prior", "informed"]), (TEXT, ["--dropout", "0.2"])])
+def test_resume_is_exact_to_the_bit(run, kind, flags):
+    run(6, *flags, kind=kind, out="a")
+    a, b = run(12, *flags, kind=kind, out="a"), run(12, *flags, kind=kind, out="b")
+    assert losses(a) == losses(b)
+    one, two = weights(a), weights(b)
+    for a, b in ((one["model"], two["model"]), (one["ema"]["params"], two["ema"]["params"])):
+        assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values()))
+
+
+def test_micro_batches_change_nothing(run):
+    a, b = run(6, out="a"), run(6, "--micro_batch", "3", out="b")
+    assert losses(a) == pytest.approx(losses(b), rel=1e-4)
+
+
+def test_two_ranks_equal_one(run, tmp_path, data_dir):
+    one = run(6, kind=TEXT, out="one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
+               str(30500 + os.getpid() % 1000), str(ROOT / "vadd.py"), *TEXT,
+               "--data_dir", data_dir, "--out", str(tmp_path / "two"), "--steps", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_same_command_again_says_complete(run, capsys):
+    out = run(4)
+    before = (out / "checkpoint.pt").stat().st_mtime_ns
+    run(4)
+    assert "is complete: 4 steps" in capsys.readouterr().out
+    assert (out / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_posterior_collapse_is_said_once(run, capsys, monkeypatch):
+    run(12, "--kl_ramp", "0")
+    assert "posterior collapse" not in capsys.readouterr().err
+    recognise = VADD.recognise
+    monkeypatch.setattr(VADD, "recognise", lambda *args: tuple(0 * v for v in recognise(*args)))
+    run(12, out="b")
+    errors = capsys.readouterr().err
+    assert errors.count("warning: posterior collapse at step") == 1 and "--kl_ramp" in errors
+
+
+def test_nan_loss_stops_and_leaves_the_last_checkpoint(run, monkeypatch):
+    out, load = run(4), vadd.load_noise
+
+    def poisoned(cfg, data, step, index, place):
+        x0, t, u, eps, valid = load(cfg, data, step, index, place)
+        return x0, t, u, eps * (float("nan") if step >= 6 else 1.0), valid
+    monkeypatch.setattr(vadd, "load_noise", poisoned)
+    with pytest.raises(RunError, match="the loss is nan between steps 6 and 8.*good state"):
+        run(12)
+    assert weights(out)["step"] <= 6
+
+
+def test_errors_are_one_line(run):
+    with pytest.raises(RunError, match="even multiple of --heads"):
+        run(2, "--dim", "10", "--heads", "3", kind=TEXT)
+    for wrong in ("1,x", "0", ""):
+        with pytest.raises(RunError, match="give numbers of steps"):
+            run(2, "--bound_steps", wrong)
+    run(2)
+    with pytest.raises(RunError, match="--latent_dim 2, not 3"):
+        run(4, "--latent_dim", "3")
+    with pytest.raises(RunError, match="unknown dataset 'circle'.*checkerboard"):
+        run(2, "--dataset", "circle", out="b")
+
+
+def test_bench_prints_one_json_line(capsys):
+    for flags in (["--dataset", "pydoc", "--heads", "2", "--length", "8", "--latent_dim", "3"], []):
+        vadd.main(["--mode", "bench", "--device", "cpu", "--dim", "16", "--depth", "1",
+                   "--micro_batch", "4", "--bench_steps", "2", *flags])
+        record = json.loads(capsys.readouterr().out)
+        assert record["tokens_per_s"] > 0 and record["batch"] == 4 and record["method"] == "vadd"
+
+
+def test_presets_name_fields_and_datasets():
+    fields = {f.name for f in dataclasses.fields(Config)}
+    assert set(vadd.PRESETS) == set(DATASETS) | set(TOYS) | {"path"}
+    for name, row in vadd.PRESETS.items():
+        assert set(row) <= fields, name
+        Config(**row)
+
+
+def test_the_published_text_model():
+    """12 x 768, latent 512: adaLN and z's embedding are about 6% of GPT-2 small (section 5.3)."""
+    with torch.device("meta"):
+        model = VADD(Config(**vadd.PRESETS["owt"]), 50257)
+    count = lambda modules: sum(p.numel() for m in modules for p in m.parameters())  # noqa: E731
+    net = model.denoiser.net
+    extra = count([model.denoiser.latent, *[b.adaln for b in net.blocks]])
+    assert 0.05 < extra / 125e6 < 0.07
+
+
+# ------------------------------------------------------------------------- the table's trainer
+
+
+def test_stacked_runs_equal_single_ones():
+    """Three steps of two models under vmap, against each by itself with the same noise."""
+    place = common.setup(Config(device="cpu"))
+    flags = dict(net="mlp", length=2, latent_dim=2, dim=8, depth=2, time_cond=True,
+                 prior="informed", components=3, clip=1e6, ema=0)
+    cfgs = [Config(**flags, seed=s) for s in (0, 1)]
+    stack = vadd_toys.Stack(cfgs, place, compiled=False)
+    g = torch.Generator().manual_seed(0)
+    points = torch.randint(100, (2, 100_000, 2), generator=g)
+    noise = [x[:3] for x in vadd_toys.epoch_noise(points, 2, g)]
+    lr, weight = torch.tensor([1e-2, 2e-2, 1e-2]), torch.tensor([0.0, 0.5, 1.0])
+    stacked = stack([*noise, lr, weight])
+    for r, cfg in enumerate(cfgs):
+        torch.manual_seed(cfg.seed)
+        model = VADD(cfg, 100)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
+        for i in range(3):
+            optimizer.param_groups[0]["lr"] = lr[i].item()
+            loss = model(*[x[i, r] for x in noise], weight[i])[0] / 512
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            assert loss.item() == pytest.approx(stacked[i, r].item(), rel=1e-3)
+        mine, state = stack.unstack(r)
+        for a, b in zip(mine.parameters(), model.parameters()):
+            assert torch.allclose(a, b, atol=2e-3)
+        assert state["state"][0]["step"] == 3
+        assert len(state["state"]) == len(list(mine.parameters()))
+
+
+def test_epoch_noise_takes_each_point_at_most_once():
+    points = torch.stack([torch.arange(200_000).view(-1, 2), -torch.arange(200_000).view(-1, 2)])
+    x0, t, u, eps, valid = vadd_toys.epoch_noise(points, 2, torch.Generator().manual_seed(0))
+    assert x0.shape == (390, 2, 256, 2) and eps.shape == (390, 2, 256, 2) and valid.all()
+    assert len(x0[:, 0].reshape(-1).unique()) == 390 * 256 * 2 and (x0[:, 1] <= 0).all()
+    assert (t.sort(-1).values.diff(dim=-1) - 1 / 256).abs().max() < 2e-3   # low discrepancy
+
+
+def test_the_table_from_start_to_end(tmp_path, capsys):
+    """One epoch of tiny networks; its run folders are vadd.py's."""
+    flags = ["--seeds", "1", "--epochs", "1", "--dim", "8", "--samples", "500", "--device", "cpu",
+             "--eval_sequences", "4", "--methods", "mdlm", "vadd",
+             "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    vadd_toys.main(flags)
+    printed = capsys.readouterr().out
+    assert "| circles | vadd |" in printed and "(no bound)" in printed
+    kept = json.loads((tmp_path / "results" / "vadd-toys.json").read_text())
+    assert len(kept["runs"]) == 6 and len(kept["rows"]) == 9
+    assert (tmp_path / "results" / "vadd-toys.png").exists()
+    vadd_toys.main(flags)                                                  # nothing is done twice
+    again = capsys.readouterr().out
+    assert "mdlm: complete" in again and "390/390" not in again and "| circles | vadd |" in again
+    assert json.loads((tmp_path / "results" / "vadd-toys.json").read_text()) == kept
+    folder = tmp_path / "runs" / "vadd-circles-0"
+    vadd.main(["--dataset", "circles", "--out", str(folder), "--mode", "eval", "--device", "cpu",
+               "--K", "2", "--bound_steps", "1"])
+    assert "nll_bound_1" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_cuda_graph_equals_plain_steps(compiled):
+    """Three graphs' worth of steps (the first is not a graph yet) against the CPU."""
+    flags = dict(net="mlp", length=2, latent_dim=2, dim=32, depth=2, time_cond=True, clip=1e6,
+                 ema=0, amp="none", prior="informed", components=4)
+    noise = vadd_toys.epoch_noise(torch.randint(100, (2, 100_000, 2)), 2,
+                                  torch.Generator().manual_seed(0))
+    lr, weight = torch.full((390,), 1e-3), torch.linspace(0, 1, 390)
+    curves = []
+    for device in ("cpu", "cuda"):
+        place = common.setup(Config(device=device, amp="none"))
+        stack = vadd_toys.Stack([Config(**flags, seed=s) for s in (0, 1)], place, compiled)
+        curves.append(torch.cat([
+            stack([x[i:i + 10].to(place.device) for x in (*noise, lr, weight)]).cpu().clone()
+            for i in (0, 10, 20)]))
+    assert torch.allclose(*curves, rtol=0.03)                              # tf32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_bf16_training_on_the_gpu(run):
+    flags = ["--device", "cuda", "--lr", "1e-3"]
+    a = run(10, *flags, kind=TEXT, out="a")
+    b = run(10, *flags, "--no-compile", "--amp", "none", kind=TEXT, out="b")
+    assert losses(a) == pytest.approx(losses(b), rel=0.03)
