@@ -525,7 +525,8 @@ def build(cfg: Config, vocab_size: int, place: common.Setup):
                                   weight_decay=cfg.weight_decay, fused=True)
     net = torch.compile(model, dynamic=False) if cfg.compile and on_cuda else model
     if place.world > 1:
-        net = DistributedDataParallel(net, device_ids=[place.device.index] if on_cuda else None)
+        net = DistributedDataParallel(net, device_ids=[place.device.index] if on_cuda else None,
+                                      gradient_as_bucket_view=True)
     return model, net, optimizer, common.EMA(model, cfg.ema)
 
 

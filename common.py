@@ -207,7 +207,7 @@ class DiT(nn.Module):
         """
         h = self.embed(x) if not x.is_floating_point() else x
         if torch.is_autocast_enabled(h.device.type):
-            # The residual stream too: in float32 its traffic costs 5% of a step and 5 GiB.
+            # The residual stream too: in float32 it costs 2 to 6% of a step and 3 GiB (H200, owt).
             h = h.to(torch.get_autocast_dtype(h.device.type))
         c = F.silu(self.time(t) if c is None else self.time(t) + c)
         rope = self.rope[:, : h.shape[1]]
@@ -282,10 +282,10 @@ def linear_cross_entropy(
     """sum_i scale_i * nll_i and the nll (M,) in nats of softmax(h W^T + b), h (M, d), W (V, d).
 
     At 33,000 masked positions and 50,257 classes the float32 logits alone would take 6.6 GB and
-    their gradient as much again; chunks of at most 2^28 logits keep the peak below 2 GB at no
+    their gradient as much again; chunks of at most 2^29 logits keep the peak near 3 GB at no
     extra FLOP, because each chunk's gradient is formed while its logits are there.
     """
-    chunks = 2 ** math.ceil(math.log2(max(1.0, h.shape[0] * weight.shape[0] / 2**28)))
+    chunks = 2 ** math.ceil(math.log2(max(1.0, h.shape[0] * weight.shape[0] / 2**29)))
     return _LinearCrossEntropy.apply(h, weight, bias, target, scale, chunks, compiled)
 
 

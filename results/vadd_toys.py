@@ -94,7 +94,7 @@ class Stack:
         self.lr = torch.zeros((), device=place.device)
         self.optimizer = torch.optim.AdamW(
             list(self.params.values()), lr=self.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-            capturable=on_cuda, fused=on_cuda)
+            capturable=on_cuda, fused=True)
 
         def losses(params, x0, t, u, eps, valid, kl_weight):
             return vmap(lambda p, *batch: functional_call(skeleton, p, (*batch, kl_weight))[0])(
@@ -111,7 +111,7 @@ class Stack:
             loss = self.losses(self.params, *batch, kl_weight) / batch[0][0].numel()
             for p, grad in zip(self.params.values(),
                                torch.autograd.grad(loss.sum(), list(self.params.values()))):
-                p.grad = grad
+                p.grad = grad.contiguous()  # batched products leave transposed ones
             self.optimizer.step()
             out.append(loss.detach())
         return torch.stack(out)
