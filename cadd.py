@@ -255,6 +255,7 @@ class CADD(nn.Module):
         integrand, MSE.
         """
         cfg, (B, L) = self.cfg, x0.shape
+        with_mse = cfg.mse != "none" and cfg.hint != "none"
         x_t, masked = add_noise(x0, t, u, self.mask_id)
         z0 = self.w(x0) if cfg.hint != "none" else None
         z_t = add_noise_to_hints(z0, masked, t, eps, cfg.hint) if cfg.hint != "none" else None
@@ -265,6 +266,8 @@ class CADD(nn.Module):
         h = h.flatten(0, 1).index_select(0, index)                    # (M, d)
         target = x0.flatten()[index]                                  # (M,)
         t_i = t.repeat_interleave(L)[index]                           # (M,)
+        # Table 10's target; gathered here, so that z_0 need not outlive the network
+        z0_target = z0.detach().flatten(0, 1)[index] if with_mse else None
         # Eq. 20 as printed has no 1/t; with -alpha'_t / (1 - alpha_t) = 1/t it is the bound Eq. 2.
         scale = live / t_i if cfg.weight == "elbo" else live.float()
         loss, nll = common.linear_cross_entropy(
@@ -272,10 +275,10 @@ class CADD(nn.Module):
             compiled=cfg.compile and h.is_cuda)
 
         sq = torch.zeros_like(nll)
-        if cfg.mse != "none" and cfg.hint != "none":  # Table 10; z_0 is the target, so detached
+        if with_mse:
             logits = self.logits(h)
             z0_hat = self.z0_soft(logits) if cfg.mse == "soft" else self.w(logits.argmax(-1))
-            sq = (z0_hat - z0.detach().flatten(0, 1)[index]).square().sum(-1)
+            sq = (z0_hat - z0_target).square().sum(-1)
             loss = loss + cfg.mse_weight * (sq * live).sum()
         rows = torch.stack([nll, torch.ones_like(nll), nll / t_i, sq.detach()]) * live
         tenth = (10 * t_i).long().clamp_max(9)
@@ -482,13 +485,17 @@ def load_noise(cfg: Config, data: TextData, step: int, index: Tensor, place: com
         x0 = x0.pin_memory()
     x0 = x0.to(place.device, non_blocking=True)
     shift = np.random.default_rng(common.mix(cfg.seed, step, 1)).random()
-    index_dev = index.to(place.device, non_blocking=True)
-    t = common.low_discrepancy_t(index_dev, cfg.batch_size, shift, t_min=1e-3)
-    kinds = [("uniform", (data.length,))]
-    kinds += [("normal", (data.length, cfg.dim))] if cfg.hint != "none" else []
-    u, *eps = common.sample_noise(cfg.seed, step, index, place.device, *kinds)
+    rows = index.to(place.device, non_blocking=True)
+    t = common.low_discrepancy_t(rows, cfg.batch_size, shift, t_min=1e-3)
+    # u is small: every rank draws the global batch's and takes its rows; eps is not.
+    generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, step))
+    u = torch.rand(cfg.batch_size, data.length, generator=generator, device=place.device)[rows]
+    eps = None
+    if cfg.hint != "none":
+        shape = (data.length, cfg.dim)
+        eps = common.sample_normal(cfg.seed, step, index, shape, place.device)
     valid = x0 != data.pad_id if data.pad_id is not None else torch.ones_like(x0, dtype=torch.bool)
-    return x0, t, u, eps[0] if eps else None, valid
+    return x0, t, u, eps, valid
 
 
 def train_step(net, model: CADD, optimizer, ema, cfg: Config, step: int, batches, place) -> Tensor:

@@ -553,23 +553,19 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def sample_noise(
-    seed: int, step: int, index: Tensor, device: torch.device, *kinds: tuple[str, tuple[int, ...]]
-) -> list[Tensor]:
-    """Noise for the samples `index` of a global batch: each sample has a stream of its own.
+def sample_normal(
+    seed: int, step: int, index: Tensor, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Standard normal noise (B, *shape) for the samples `index` (B,) of a step's global batch.
 
-    `kinds` are ("uniform" | "normal", shape per sample); the result has one tensor (B, *shape)
-    for each. A sample's noise depends on (seed, step, its index) alone, so the number of ranks
-    and the micro-batch size change nothing.
+    Each sample has a stream of its own, a function of (seed, step, its index), so the number of
+    ranks and the micro-batch size change nothing and no rank draws another's share.
     """
-    generator = torch.Generator(device)
-    out = [torch.empty(len(index), *shape, device=device) for _, shape in kinds]
-    base = mix(seed, step)
-    for row, i in enumerate(index.tolist()):
+    generator, base = torch.Generator(device), mix(seed, step, 2)
+    out = torch.empty(len(index), *shape, device=device)
+    for row, i in zip(out, index.tolist()):
         generator.manual_seed(base ^ (i * 0x9E3779B97F4A7C15 & 2**63 - 1))
-        for (kind, _), tensor in zip(kinds, out):
-            draw = tensor[row].uniform_ if kind == "uniform" else tensor[row].normal_
-            draw(generator=generator)
+        row.normal_(generator=generator)
     return out
 
 

@@ -216,22 +216,19 @@ def test_micro_batches_refuse_uneven_shares():
 
 
 def test_noise_belongs_to_the_sample_not_to_the_rank():
-    kinds = [("uniform", (5,)), ("normal", (5, 2))]
-    whole = common.sample_noise(3, 7, torch.arange(6), torch.device("cpu"), *kinds)
-    part = common.sample_noise(3, 7, torch.tensor([4, 1]), torch.device("cpu"), *kinds)
-    for a, b in zip(whole, part):
-        assert torch.equal(a[[4, 1]], b)
-    other = common.sample_noise(3, 8, torch.arange(6), torch.device("cpu"), *kinds)
-    assert not torch.equal(other[0], whole[0])
+    cpu = torch.device("cpu")
+    whole = common.sample_normal(3, 7, torch.arange(6), (5, 2), cpu)
+    part = common.sample_normal(3, 7, torch.tensor([4, 1]), (5, 2), cpu)
+    assert torch.equal(whole[[4, 1]], part)
+    assert not torch.equal(common.sample_normal(3, 8, torch.arange(6), (5, 2), cpu), whole)
+    assert not torch.equal(common.sample_normal(4, 7, torch.arange(6), (5, 2), cpu), whole)
 
 
 def test_noise_has_the_right_distribution_across_samples():
-    """Means of 4,000 samples x 8: standard errors .0016 and .0056; 5 of them allowed."""
-    u, eps = common.sample_noise(0, 0, torch.arange(4000), torch.device("cpu"),
-                                 ("uniform", (8,)), ("normal", (8,)))
-    assert abs(u.mean() - 0.5) < 0.008 and abs(u.var() - 1 / 12) < 0.003
+    """4,000 samples x 8: standard errors .0056 and .008; neighbouring streams are unrelated."""
+    eps = common.sample_normal(0, 0, torch.arange(4000), (8,), torch.device("cpu"))
     assert abs(eps.mean()) < 0.028 and abs(eps.var() - 1) < 0.04
-    assert abs(torch.corrcoef(torch.stack([u[:-1, 0], u[1:, 0]]))[0, 1]) < 0.08  # neighbours
+    assert abs(torch.corrcoef(torch.stack([eps[:-1, 0], eps[1:, 0]]))[0, 1]) < 0.08
 
 
 # ------------------------------------------------------------------------- configuration
