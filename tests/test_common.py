@@ -268,7 +268,8 @@ def test_flags_override_presets_override_defaults(tmp_path):
 def test_wrong_flags_exit_with_2_and_say_why(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
         toy(*argv)
-    assert error.value.code == 2 and message in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and message in printed and printed.count("\n") == 1
 
 
 def test_unknown_dataset_names_the_known():
