@@ -10,7 +10,9 @@ the set was prepared. Ids 0..V-1 are the data's symbols; [MASK] is V, one past t
 """
 import argparse
 import contextlib
+import gzip
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -26,7 +28,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -787,6 +789,294 @@ def load_toy(name: str) -> TextData:
         bins = np.floor((points - low) / (high - low) * TOY_BINS)
         splits[split] = np.clip(bins, 0, TOY_BINS - 1).astype(np.uint8)
     return TextData(name, TOY_BINS, 2, "bin", splits, IdCodec())
+
+
+# ---------------------------------------------------------------- pairs of sentences
+
+PAD, BOS, EOS = 0, 1, 2  # of every PairData; the tokens follow
+SPECIALS = 3
+# Words with the space before them, numbers, and runs of other signs, as GPT-2 cuts text.
+BPE_PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+class BPECodec(Codec):
+    """Byte-pair encoding learned on the training text: any text <-> ids >= 3, without loss.
+
+    `vocab` lists the tokens' bytes in hexadecimal, in the order they were learned; 256 bytes come
+    first, so no character is unknown and decoding restores spaces as they were.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, vocab: list[str]) -> None:
+        super().__init__(vocab)
+        import tiktoken
+        ranks = {bytes.fromhex(token): i for i, token in enumerate(vocab)}
+        self.encoder = tiktoken.Encoding("pairs", pat_str=BPE_PATTERN, mergeable_ranks=ranks,
+                                         special_tokens={})
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.encoder.encode_ordinary(text), dtype=np.int64) + SPECIALS
+
+    def decode(self, ids: np.ndarray) -> str:
+        """PAD, BOS and EOS have no text."""
+        return self.encoder.decode([int(i) - SPECIALS for i in ids if i >= SPECIALS])
+
+
+def learn_bpe(texts: Iterable[str], size: int) -> list[str]:
+    """The tokens of a byte-pair encoding (Sennrich et al. 2016): 256 bytes, then the merges.
+
+    Each round joins the most frequent pair of neighbours within words (the first in byte order
+    among equals), until there are `size` tokens or no pair occurs twice.
+    """
+    import regex
+    counts = Counter(word for text in texts for word in regex.findall(BPE_PATTERN, text))
+    words = [[bytes([b]) for b in word.encode()] for word in counts]
+    weights = list(counts.values())
+    pairs: Counter = Counter()
+    places: dict[tuple, set[int]] = defaultdict(set)  # pair -> the words that have or had it
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += weights[i]
+            places[pair].add(i)
+    tokens = [bytes([b]) for b in range(256)]
+    known = set(tokens)
+    heap = [(-n, pair) for pair, n in pairs.items()]
+    heapq.heapify(heap)
+    while len(tokens) < size and heap:
+        n, pair = heapq.heappop(heap)
+        if -n != pairs[pair]:  # outdated: its present count is elsewhere in the heap
+            continue
+        if -n < 2:
+            break
+        joined, changed = pair[0] + pair[1], set()
+        for i in places.pop(pair):
+            old, new = words[i], []
+            for piece in old:
+                if new and (new[-1], piece) == pair:
+                    new[-1] = joined
+                else:
+                    new.append(piece)
+            for sign, pieces in ((-1, old), (1, new)):
+                for other in zip(pieces, pieces[1:]):
+                    pairs[other] += sign * weights[i]
+                    changed.add(other)
+                    if sign == 1:
+                        places[other].add(i)
+            words[i] = new
+        pairs.pop(pair, None)
+        for other in changed:
+            if pairs[other] > 0:
+                heapq.heappush(heap, (-pairs[other], other))
+        if joined not in known:  # the same bytes can be joined in two ways
+            known.add(joined)
+            tokens.append(joined)
+    return [token.hex() for token in tokens]
+
+
+@dataclass
+class PairData:
+    """Source and target sentences under one joint vocabulary of V = `vocab_size` ids.
+
+    Every sentence is BOS, its tokens, EOS; batches are filled up with PAD at the right.
+    """
+
+    name: str
+    length: int  # most tokens of a sentence, BOS and EOS included
+    codec: BPECodec
+    texts: dict[str, list[tuple[str, str]]]  # split -> (source, target)
+    _epochs: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        """Encodes the training pairs; those with an empty or too long side are left out."""
+        self.vocab_size = SPECIALS + len(self.codec.vocab)
+        pairs = [(self.encode(a), self.encode(b)) for a, b in self.texts.get("train", [])]
+        # an empty sentence is BOS EOS
+        self.train = [p for p in pairs if 2 < min(map(len, p)) and max(map(len, p)) <= self.length]
+        self.lengths = np.array([max(map(len, p)) for p in self.train])
+        if pairs and not self.train:
+            raise DataError(f"{self.name}: no training pair has two sides of 1 to "
+                            f"{self.length - 2} tokens; raise --length")
+        if lost := len(pairs) - len(self.train):
+            print(f"{self.name}: {lost:,} of {len(pairs):,} training pairs are left out, a side "
+                  f"is empty or longer than {self.length - 2} tokens", file=sys.stderr)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text to BOS, tokens, EOS: (n,) int64."""
+        return np.concatenate([[BOS], self.codec.encode(text.strip()), [EOS]])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids (n,) to text, up to the first EOS."""
+        ids = np.asarray(ids)
+        ends = np.flatnonzero(ids == EOS)
+        return self.codec.decode(ids[:ends[0]] if len(ends) else ids).strip()
+
+    def tokenizer(self) -> dict:
+        """What a checkpoint keeps to translate alone."""
+        return {"name": self.name, "length": self.length, "vocab": self.codec.vocab}
+
+    @classmethod
+    def from_tokenizer(cls, kept: dict) -> "PairData":
+        return cls(kept["name"], kept["length"], BPECodec(kept["vocab"]), {})
+
+    def train_batch(self, seed: int, step: int, batch_size: int, indices: Sequence[int]
+                    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs `indices` of the global batch of `step`: sources (b, M), targets (b, N), int64.
+
+        A function of its arguments alone. A batch holds sentences of similar length: each epoch is
+        shuffled, sorted by length within pools of 50 batches, cut, and the batches are shuffled.
+        M and N depend on the global batch, not on the part asked for.
+        """
+        per_epoch = max(1, len(self.train) // batch_size)
+        epoch, place = divmod(step, per_epoch)
+        if (seed, epoch, batch_size) not in self._epochs:
+            rng = np.random.Generator(np.random.PCG64([seed, epoch]))
+            order = rng.permutation(len(self.train))
+            if len(order) < batch_size:  # a set smaller than a batch repeats
+                order = np.resize(order, batch_size)
+            pools = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
+            order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
+            cut = order[:per_epoch * batch_size].reshape(per_epoch, batch_size)
+            self._epochs.clear()
+            self._epochs[seed, epoch, batch_size] = rng.permutation(cut)
+        rows = self._epochs[seed, epoch, batch_size][place]
+        return tuple(pad_ids([self.train[r][side] for r in rows])[indices] for side in (0, 1))
+
+
+def pad_ids(sentences: Sequence[np.ndarray], multiple: int = 8) -> np.ndarray:
+    """Sentences (n,) to rows (b, L), filled with PAD; few different L keep compilers happy."""
+    L = -(-max(map(len, sentences)) // multiple) * multiple
+    rows = np.full((len(sentences), L), PAD, dtype=np.int64)
+    for row, sentence in zip(rows, sentences):
+        row[:len(sentence)] = sentence
+    return rows
+
+
+GERMAN = ("null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn "
+          "fünfzehn sechzehn siebzehn achtzehn neunzehn").split()
+GERMAN_TENS = ". . zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig".split()
+ENGLISH = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+           "fifteen sixteen seventeen eighteen nineteen").split()
+ENGLISH_TENS = ". . twenty thirty forty fifty sixty seventy eighty ninety".split()
+MAX_NUMBER = 999_999
+
+
+def german_number(n: int) -> str:
+    """0..999,999 in one German word, units before tens: 34 is vierunddreißig."""
+    def below(n: int, last: str) -> str:  # 1..999; the final 1 is "eins", but "ein" inside
+        hundreds, rest = divmod(n, 100)
+        word = GERMAN[hundreds] + "hundert" if hundreds else ""
+        if rest == 1:
+            return word + last
+        if rest < 20:
+            return word + (GERMAN[rest] if rest else "")
+        tens, units = divmod(rest, 10)
+        return word + (GERMAN[units] + "und" if units else "") + GERMAN_TENS[tens]
+
+    if n == 0:
+        return GERMAN[0]
+    thousands, rest = divmod(n, 1000)
+    word = below(thousands, "ein") + "tausend" if thousands else ""
+    return word + (below(rest, "eins") if rest else "")
+
+
+def english_number(n: int) -> str:
+    """0..999,999 in American English, without "and": 34 is thirty-four."""
+    def below(n: int) -> list[str]:  # 1..999
+        hundreds, rest = divmod(n, 100)
+        words = [ENGLISH[hundreds], "hundred"] if hundreds else []
+        if 0 < rest < 20:
+            words.append(ENGLISH[rest])
+        elif rest:
+            tens, units = divmod(rest, 10)
+            words.append(ENGLISH_TENS[tens] + (f"-{ENGLISH[units]}" if units else ""))
+        return words
+
+    if n == 0:
+        return ENGLISH[0]
+    thousands, rest = divmod(n, 1000)
+    return " ".join((below(thousands) + ["thousand"] if thousands else []) + below(rest))
+
+
+def number_pairs(max_number: int) -> dict[str, list[tuple[str, str]]]:
+    """0..max_number as German and English words: a twentieth each is held out, at most 1,000."""
+    if not 19 < max_number <= MAX_NUMBER:
+        raise DataError(f"numbers: choose a largest number of 20 to {MAX_NUMBER}")
+    order = list(range(max_number + 1))
+    random.Random(0).shuffle(order)
+    pairs = [(german_number(n), english_number(n)) for n in order]
+    held = min(1000, len(pairs) // 20)
+    return {"valid": pairs[:held], "test": pairs[held:2 * held], "train": pairs[2 * held:]}
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file, perhaps .gz. Raises DataError if it is not UTF-8 text."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            text = file.read().decode()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    # Only newlines end a line: str.splitlines would also cut at rare signs inside sentences.
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def read_pairs(source: str | Path, target: str | Path) -> list[tuple[str, str]]:
+    """Line i of both files is a pair. Raises DataError if their numbers of lines differ."""
+    a, b = read_lines(Path(source)), read_lines(Path(target))
+    if len(a) != len(b):
+        raise DataError(f"{source} has {len(a)} lines, {target} has {len(b)}: line i of one must "
+                        "be the translation of line i of the other")
+    return list(zip(a, b))
+
+
+MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
+MULTI30K_SHA256 = {  # German, English; 29,000 / 1,014 / 1,000 captions of photographs
+    "train": ("726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
+              "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f"),
+    "val": ("f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
+            "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28"),
+    "test_2016_flickr": ("9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
+                         "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9")}
+
+
+def multi30k_pairs(data_dir: Path) -> dict[str, list[tuple[str, str]]]:
+    """German and English captions (Elliott et al. 2016); test is test_2016_flickr."""
+    bases = [data_dir, cache_folder()]
+    downloads = next(base for base in bases if writable(base)) / "multi30k"
+    shop = Workshop([base / "multi30k" for base in bases], downloads, downloads, 0)
+    pairs = {}
+    for name, sums in MULTI30K_SHA256.items():
+        files = [shop.fetch(f"{MULTI30K_URL}{name}.{language}.gz", sha256)
+                 for language, sha256 in zip(("de", "en"), sums)]
+        pairs[name] = read_pairs(*files)
+    return {"train": pairs["train"], "valid": pairs["val"], "test": pairs["test_2016_flickr"]}
+
+
+def load_pairs(
+    name: str, data_dir: str | Path = "data", length: int = 256, vocab: int = 10_000,
+    max_number: int = 9999, files: dict[str, tuple[str, ...]] | None = None,
+) -> PairData:
+    """`numbers`, `multi30k`, or `files`: split -> (source file, target file). Raises DataError.
+
+    At most `vocab` tokens are learned on both sides of the training pairs. Without a valid file, a
+    twentieth of the training pairs is held out; without a test file, test is valid.
+    """
+    if name == "numbers":
+        texts = number_pairs(max_number)
+    elif name == "multi30k":
+        texts = multi30k_pairs(Path(data_dir))
+    else:
+        texts = {split: read_pairs(*pair) for split, pair in (files or {}).items() if pair}
+        if "train" not in texts:
+            raise DataError("give the training pairs as two files: --train a.de a.en")
+        if "valid" not in texts:
+            pairs = texts["train"]
+            random.Random(0).shuffle(pairs)
+            held = min(1000, max(1, len(pairs) // 20))
+            texts |= {"valid": pairs[:held], "train": pairs[held:]}
+        texts.setdefault("test", texts["valid"])
+    codec = BPECodec(learn_bpe(itertools.chain.from_iterable(texts["train"]), vocab - SPECIALS))
+    return PairData(name, length, codec, texts)
 
 
 # ---------------------------------------------------------------- loading

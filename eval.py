@@ -21,6 +21,9 @@ the row "data" gives the same metrics of real text, the value to aim at.
                     100,000 samples and of the training points, 1e-6 added inside the logarithm:
                     what VADD's Table 1 calls JS. js is the Jensen-Shannon divergence in nats. Row
                     "data" has fresh data points, "mdlm at best" an MDM with exact conditionals
+    exact           translations: percentage equal to their reference, character by character
+    bleu            corpus BLEU-4 in percent of lower-cased text, tokenised as mteval-v13a does
+    sacrebleu       the same as sacrebleu reports it by default, if that package is installed
 """
 
 from __future__ import annotations
@@ -29,8 +32,11 @@ import argparse
 import ast
 import importlib
 import json
+import math
+import re
 import textwrap
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Iterable, Sequence
 
@@ -41,7 +47,7 @@ import common
 from common import RunError
 from data import TOY_BINS, TOY_POINTS, TextData, load_dataset, words
 
-METHODS = ("cadd", "vadd")  # scripts with a function score(out, flags)
+METHODS = ("cadd", "vadd", "difformer")  # scripts with a function score(out, flags)
 
 
 def entropy(samples: Iterable[Sequence[int]]) -> float:
@@ -196,6 +202,72 @@ def save_histograms(path: Path, rows: list[list[np.ndarray]]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Translations: hypotheses against one or more references
+# ---------------------------------------------------------------------------------------------
+
+
+def tokenise_13a(text: str) -> list[str]:
+    """Words and signs as mteval-v13a and sacreBLEU's default cut them."""
+    for pattern, by in ((r"([{-~\[-` -&(-+:-@/])", r" \1 "), (r"([^0-9])([.,])", r"\1 \2 "),
+                        (r"([.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
+        text = re.sub(pattern, by, text if text.startswith(" ") else f" {text} ")
+    return text.split()
+
+
+def ngrams(words: Sequence, n: int) -> Counter:
+    return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+
+
+def bleu(hypotheses: Sequence[Sequence], references: Sequence[Sequence[Sequence]],
+         smooth: bool = False) -> float:
+    """Corpus BLEU-4 in [0, 1] (Papineni et al. 2002) of token lists; each has >= 1 references.
+
+    `smooth` adds one to both counts of n > 1 (Lin and Och 2004): for single sentences, which
+    often share no 4-gram with their reference.
+    """
+    hits, totals, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    for hypothesis, several in zip(hypotheses, references, strict=True):
+        length += len(hypothesis)
+        reference_length += min((abs(len(r) - len(hypothesis)), len(r)) for r in several)[1]
+        for n in range(1, 5):
+            most: Counter = Counter()
+            for reference in several:
+                most |= ngrams(reference, n)
+            found = ngrams(hypothesis, n)
+            hits[n - 1] += (found & most).total()
+            totals[n - 1] += found.total()
+    if smooth:
+        hits[1:], totals[1:] = [h + 1 for h in hits[1:]], [t + 1 for t in totals[1:]]
+    if not min(hits):
+        return 0.0
+    brevity = min(0.0, 1 - reference_length / length)
+    return math.exp(brevity + sum(math.log(h / t) for h, t in zip(hits, totals)) / 4)
+
+
+def score_translations(rows: list[dict]) -> dict[str, dict]:
+    """Figures of {"text", "reference"} rows: exact matches, BLEU; sacreBLEU if it is installed."""
+    texts, references = [r["text"] for r in rows], [r["reference"] for r in rows]
+    if not rows:
+        raise RunError("there are no translations to score")
+    p = sum(t == r for t, r in zip(texts, references)) / len(rows)
+
+    def lower(lines: list[str]) -> list[list[str]]:
+        return [tokenise_13a(line.lower()) for line in lines]
+
+    figures = {
+        "exact": dict(value=100 * p, unit="%", stderr=100 * math.sqrt(p * (1 - p) / len(rows))),
+        "bleu": dict(value=100 * bleu(lower(texts), [[r] for r in lower(references)]),
+                     unit="lower case, 13a")}
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        return figures
+    metric = BLEU()
+    value = metric.corpus_score(texts, [references]).score
+    return figures | {"sacrebleu": dict(value=value, unit=str(metric.get_signature()))}
+
+
+# ---------------------------------------------------------------------------------------------
 # Runs and tables
 # ---------------------------------------------------------------------------------------------
 
@@ -256,9 +328,10 @@ def row_of(name: str, result: dict | None, samples: dict | None) -> dict:
         row |= {"method": result["method"], "data": f"{result['dataset']}/{result['split']}",
                 "steps": f"{result['step']:,}"}
         for figure, f in result["figures"].items():
-            text = f"{f['value']:.4f} ± {f['stderr']:.4f}"
+            text = f"{f['value']:.4f}" + (f" ± {f['stderr']:.4f}" if "stderr" in f else "")
             text += f" (ppl {f['perplexity']:.2f})" if "perplexity" in f else ""
-            row[f"{figure}, {f['unit']}"] = text + ("" if f["is_bound"] else " (no bound)")
+            row[f"{figure}, {f['unit']}"] = text + ("" if f.get("is_bound", True) else
+                                                    " (no bound)")
     if samples:
         row |= {"samples": str(samples["samples"]), "entropy, nats": show(samples["entropy_nats"]),
                 "spelled": show(samples.get("spelled"), percent=True),

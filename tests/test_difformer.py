@@ -1,0 +1,468 @@
+"""difformer.py: schedules, degeneration, loss, decoding and whole runs on pairs of sentences."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+import difformer
+import eval as metrics
+from common import RunError
+from data import DataError, PairData
+from difformer import Config, Difformer, Noise
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = dict(embed_dim=8, dim=16, ffn=16, depth=1, heads=2, length=16, dropout=0.0, factor=2.0,
+             init_std=0.0, embed_std=0.5)
+TINY = ["--device", "cpu", "--embed_dim", "8", "--dim", "16", "--ffn", "16", "--depth", "1",
+        "--heads", "2", "--batch_size", "8", "--micro_batch", "8", "--factor", "2", "--dropout",
+        "0.1", "--max_number", "99", "--length", "32", "--vocab", "300", "--eval_sequences", "3",
+        "--K", "4", "--early_stop", "1", "--log_every", "2", "--save_every", "3",
+        "--length_beam", "1", "--noise_beam", "2", "--samples", "1"]
+
+
+@pytest.fixture()
+def model():
+    torch.manual_seed(0)
+    return Difformer(Config(**SMALL), 20)
+
+
+@pytest.fixture()
+def run(tmp_path):
+    """run(steps, *flags, out="a") -> the run folder."""
+    def go(steps, *flags, out="a"):
+        folder = tmp_path / out
+        difformer.main([*TINY, "--out", str(folder), "--steps", str(steps), *flags])
+        return folder
+    return go
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {r["step"]: r["cross_entropy"] + r["mse"] for r in lines if "mse" in r}
+
+
+# ------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize("schedule, formula", [
+    ("linear", lambda t: math.exp(-9.95 * t * t - 0.1 * t)),
+    ("cosine", lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2),
+    ("sqrt", lambda t: 1 - math.sqrt(t + 1e-4))])
+def test_schedules_are_the_authors_formulas(schedule, formula):
+    noise = Noise.make(schedule, 1.0, "plain", 2000)
+    for i in (0, 1, 10, 99, 400, 777, 1000, 1500, 1900, 1989):
+        expected = formula((i + 1) / 2000) / formula(0)
+        assert noise.signal[i].item() ** 2 == pytest.approx(expected, rel=1e-9)
+    assert torch.allclose(noise.signal**2 + noise.sigma**2, torch.ones(2000, dtype=torch.float64))
+    assert (noise.signal > 0).all() and (noise.signal.diff() < 0).all()
+
+
+def test_rescaling_divides_the_snr_by_f_squared():
+    index = torch.arange(0, 1900, 100)
+    one = Noise.make("sqrt", 1.0, "plain", 2000)
+    a, s = one.at(index, train=True)
+    b, r = Noise.make("sqrt", 4.0, "plain", 2000).at(index, train=True)
+    assert torch.allclose(b**2 / r**2, a**2 / s**2 / 16)
+    assert all(map(torch.equal, Noise.make("sqrt", 4.0, "plain", 2000).at(index), (a, s)))
+    # Eq. 8 acts on alpha-bar(t), which at t = 0 is 1 for "linear": there it is exact.
+    a, s = Noise.make("linear", 1.0, "plain", 2000).at(index)
+    b, r = Noise.make("linear", 4.0, "vp", 2000).at(index)
+    assert torch.allclose(b**2 / r**2, a**2 / s**2 / 16) and torch.allclose(b**2 + r**2,
+                                                                            torch.ones_like(b))
+
+
+def test_posterior_of_the_kept_steps_is_bayes_rule():
+    """Joint Gaussian of (z_s, z_t) given z_0, conditioned on z_t, by its covariance matrix."""
+    noise = Noise.make("sqrt", 4.0, "plain", 2000)
+    kept = difformer.kept_steps(2000, 20, 0)
+    for t, s in zip(kept, kept[1:] + [-1]):
+        (a, sa), (b, sb) = noise.at(torch.tensor(t)), noise.at(torch.tensor(s))
+        z_t, z_0 = torch.tensor(0.3, dtype=torch.float64), torch.tensor(-1.2, dtype=torch.float64)
+        mean, var = common.gaussian_posterior(z_t, z_0, a, sa, b, sb)
+        covariance = a / b * sb**2
+        assert mean.item() == pytest.approx((b * z_0 + covariance / sa**2 * (z_t - a * z_0)).item())
+        assert var.item() == pytest.approx((sb**2 - covariance**2 / sa**2).item(), abs=1e-12)
+    assert mean == z_0 and var == 0  # the last step ends at clean data
+
+
+def test_kept_steps():
+    steps = difformer.kept_steps(2000, 20, 5)
+    assert len(steps) == 15 and steps[0] == 1999 and steps[-1] == round(5 * 1999 / 19)
+    assert difformer.kept_steps(2000, 1, 5) == [1999]
+    assert difformer.kept_steps(2000, 2000, 0) == list(range(1999, -1, -1))
+
+
+# ------------------------------------------------------------------------- degeneration
+
+
+@pytest.mark.parametrize("schedule, dgs_max, V, factor", [
+    ("linear", 0.05, 10_000, 21.17), ("cosine", 0.05, 10_000, 40.82), ("sqrt", 0.05, 10_000, 6.88),
+    ("linear", 0.2, 10_000, 4.23), ("sqrt", 0.15, 10_000, 4.05), ("sqrt", 0.5, 10_000, 1.82)])
+def test_search_reproduces_table_19(schedule, dgs_max, V, factor):
+    found = difformer.search_factor(schedule, dgs_max, V, 128)
+    assert found == pytest.approx(factor, rel=0.02)
+    cell = difformer.TABLE_19[schedule][dgs_max][0]
+    assert abs(round(2 * found) / 2 - cell) <= 0.5
+
+
+def test_search_reproduces_tables_14_and_17():
+    assert round(2 * difformer.search_factor("sqrt", 0.15, 10_000, 512)) / 2 == 8.5
+    vp = [difformer.search_factor("sqrt", m, 10_000, 128, "vp") for m in (0.05, 0.15)]
+    assert [round(2 * f) / 2 for f in vp] == [9.5, 4.5]
+
+
+def test_dgs_of_table_2_and_by_monte_carlo():
+    for schedule, paper in (("linear", 0.47), ("cosine", 0.77), ("sqrt", 0.77)):
+        noise = Noise.make(schedule, 1.0, "plain", 2000)
+        assert difformer.dgs(noise, 10_000, 128) == pytest.approx(paper, abs=0.006)
+    # Algorithm 2 on drawn embeddings agrees with the competitors integrated out.
+    noise = Noise.make("sqrt", 3.0, "plain", 2000)
+    a, s = noise.at(difformer.grid(2000, 9), train=True)
+    table = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    sampled = difformer.dgs_monte_carlo(a, s, table, draws=10)
+    assert torch.allclose(sampled, difformer.dgs_at(a, s, 300, 64), atol=0.04)
+
+
+def test_dgs_mode_prints_the_papers_cell(capsys):
+    difformer.main("--mode dgs --schedule sqrt --vocab 10000 --embed_dim 128".split())
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert float(row[2]) == float(row[3]) == 4.0 and float(row[4]) != float(row[1])
+
+
+def test_anisotropy():
+    assert difformer.anisotropy(torch.ones(5, 3)) == pytest.approx(1)
+    assert difformer.anisotropy(torch.eye(4)) == pytest.approx(0)
+    table = torch.tensor([[1.0, 0], [1, 1], [-2, 0]])
+    by_hand = (0.5**0.5 - 1 - 0.5**0.5) / 3
+    assert difformer.anisotropy(table) == pytest.approx(by_hand)
+
+
+# ------------------------------------------------------------------------- model and loss
+
+
+def batch(model, M=6, N=8):
+    rng = torch.Generator().manual_seed(1)
+    x, y = (torch.randint(3, model.V, (4, n), generator=rng) for n in (M, N))
+    x[1, 3:], y[0, 5:] = 0, 0
+    return x, y, torch.rand(4, generator=rng), torch.randn(4, N, 8, generator=rng)
+
+
+def test_padding_changes_nobody_elses_output(model):
+    model.eval()
+    x, y, u, eps = batch(model)
+    memory, memory_real, length = model.encode(x)
+    z = torch.randn(4, 8, 8)
+    index, real = torch.tensor([3, 500, 1000, 1999]), y != 0
+    out = model.denoise(z, index, z, real, memory, memory_real)
+    longer, _, length_2 = model.encode(torch.nn.functional.pad(x, (0, 5)))
+    assert torch.allclose(longer[:, :6], memory, atol=1e-5)
+    assert torch.allclose(length, length_2, atol=1e-5)
+    z_long = torch.cat([z, torch.full((4, 3, 8), 9.0)], 1)
+    out_2 = model.denoise(z_long, index, z_long, torch.nn.functional.pad(real, (0, 3)),
+                          torch.cat([memory, memory + 5], 1),
+                          torch.nn.functional.pad(memory_real, (0, 6)))
+    assert torch.allclose(out_2[:, :8][real], out[real], atol=1e-5)
+    z[0, 6] += 10  # padding of sentence 0
+    assert torch.allclose(model.denoise(z, index, z, real, memory, memory_real)[0, :5], out[0, :5],
+                          atol=1e-5)
+    z[2, 0] += 10  # a real token, on the contrary, is seen
+    assert not torch.allclose(model.denoise(z, index, z, real, memory, memory_real)[2, 5],
+                              out[2, 5], atol=1e-5)
+
+
+def test_self_conditioning_passes_no_gradient(model, monkeypatch):
+    x, y, u, eps = batch(model)
+    seen = []
+    inner = Difformer.denoise
+
+    def spy(self, z_t, index, previous, *rest):
+        seen.append((torch.is_grad_enabled(), previous))
+        return inner(self, z_t, index, previous, *rest)
+    monkeypatch.setattr(Difformer, "denoise", spy)
+    once, *_ = model(x, y, u, eps, False)
+    assert [g for g, _ in seen] == [True] and not seen[0][1].any()
+    twice, *_ = model(x, y, u, eps, True)
+    assert [g for g, _ in seen[1:]] == [False, True]
+    assert seen[2][1].any() and not seen[2][1].requires_grad
+    assert once != twice
+
+
+def test_losses_by_hand(model):
+    x, y, u, eps = batch(model)
+    loss, length_loss, stats = model(x, y, u, eps, False)
+    real = y != 0
+    index = (u * 2000).long()
+    a, s = model.noise.signal[index].float(), 2.0 * model.noise.sigma[index].float()  # F = 2
+    z0 = model.embed(y) * 8**0.5
+    z_t = a[:, None, None] * z0 + s[:, None, None] * eps
+    memory, memory_real, logits = model.encode(x)
+    out = model.denoise(z_t, index, torch.zeros_like(z_t), real, memory, memory_real)
+    mse = (out - z0)[real].square().sum() / 8
+    log_p = (out @ model.embed.weight.T).log_softmax(-1)[real]
+    ce = -(0.9 * log_p.gather(-1, y[real][:, None]).sum() + 0.1 * log_p.mean(-1).sum())
+    assert loss.item() == pytest.approx((mse + ce).item(), rel=1e-5)
+    classes = torch.tensor([5 - 6, 8 - 3, 8 - 6, 8 - 6]) + 128
+    expected = -logits.log_softmax(-1)[range(4), classes].sum()
+    assert length_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    model.cfg.loss = "none"
+    assert model(x, y, u, eps, False)[0].item() == pytest.approx(mse.item(), rel=1e-5)
+    model.cfg.loss = "rounding"
+    log_p = (z0 @ model.embed.weight.T).log_softmax(-1)[real]
+    ce = -(0.9 * log_p.gather(-1, y[real][:, None]).sum() + 0.1 * log_p.mean(-1).sum())
+    assert model(x, y, u, eps, False)[0].item() == pytest.approx((mse + ce).item(), rel=1e-5)
+
+
+def test_gradients_reach_the_embeddings_from_both_sides(model):
+    x, y, u, eps = batch(model)
+    model.cfg.loss = "none"
+    model(x, y, u, eps, False)[0].backward()
+    assert model.embed.weight.grad[y[2]].abs().sum() > 0
+
+
+def test_frozen_embeddings(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
+    np.save(tmp_path / "e.npy", rows)
+    model = Difformer(Config(**SMALL, embeddings=str(tmp_path / "e.npy")), 20)
+    assert torch.allclose(model.z0(torch.arange(20)), torch.from_numpy(rows), atol=1e-6)
+    assert not model.embed.weight.requires_grad
+    with pytest.raises(RunError, match=r"shape \(20, 8\).*needs \(21, 8\)"):
+        Difformer(Config(**SMALL, embeddings=str(tmp_path / "e.npy")), 21)
+
+
+# ------------------------------------------------------------------------- decoding
+
+
+def test_choose_takes_the_medoid():
+    a, b, c = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [1, 2, 3, 4, 8, 7]
+    assert difformer.choose([a, b, c]) == 1 and difformer.choose([b, a, c]) == 0
+    assert difformer.choose([[9, 9, 9], a, a]) == 1
+    assert difformer.choose([a]) == 0
+
+
+def test_a_perfect_denoiser_is_found_and_padding_stays(model):
+    """With z0hat fixed to a sentence's embeddings every call decodes that sentence."""
+    with torch.no_grad():
+        model.embed.weight.copy_(torch.nn.functional.one_hot(torch.arange(20) % 8, 8) * 1.0)
+    target = torch.tensor([[1, 5, 7, 2]])
+    model.denoise = lambda *_: model.z0(target)
+    real = torch.tensor([[True, True, True, False]])
+    history = list(difformer.denoise(model, None, None, real, 20, 5))
+    assert len(history) == 15 and all(h.tolist() == [[1, 5, 7, 0]] for h in history)
+
+
+def pair_data(texts, length=16):
+    codec = data.BPECodec(data.learn_bpe([t for pair in texts for t in pair], 260))
+    return PairData("toy", length, codec, {"train": texts, "valid": texts, "test": texts})
+
+
+def test_hard_input_is_translated_line_by_line(capsys):
+    """An empty line, 1,000 words, unknown characters: one output each, the long one announced."""
+    pairs = pair_data([("a b", "b a"), ("b b", "a a")])
+    cfg = Config(**SMALL, K=2, early_stop=0, sample_batch=3)
+    model = Difformer(cfg, pairs.vocab_size)
+    sources = ["a b", "", "a " * 1000, "\u4f60\u597d \U0001f600", "b"]
+    rows = list(difformer.translate(model, sources, pairs, cfg, torch.device("cpu")))
+    assert [r["source"] for r in rows] == sources and rows[1]["text"] == ""
+    assert "cut to --length 16" in capsys.readouterr().err
+
+
+def test_length_shift_moves_the_length(model):
+    pairs = pair_data([("a b", "b a")])
+    texts = []
+    for shift in (0, 4):
+        cfg = Config(**SMALL, K=1, length_beam=1, noise_beam=1, length_shift=shift)
+        torch.manual_seed(0)
+        model = Difformer(cfg, pairs.vocab_size)
+        with torch.no_grad():
+            model.length_head.bias[128] = 100.0  # as long as the source
+        seen = []
+        model.denoise = lambda z, *a: (seen.append(z.shape[1]), torch.zeros_like(z))[1]
+        texts.append(list(difformer.translate(model, ["a b a"], pairs, cfg, torch.device("cpu"))))
+        assert seen == [len(pairs.encode("a b a")) + shift]
+
+
+# ------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("n, german, english", [
+    (0, "null", "zero"), (1, "eins", "one"), (16, "sechzehn", "sixteen"),
+    (17, "siebzehn", "seventeen"), (21, "einundzwanzig", "twenty-one"),
+    (30, "dreißig", "thirty"), (34, "vierunddreißig", "thirty-four"),
+    (60, "sechzig", "sixty"), (70, "siebzig", "seventy"),
+    (101, "einhunderteins", "one hundred one"), (1000, "eintausend", "one thousand"),
+    (9999, "neuntausendneunhundertneunundneunzig",
+     "nine thousand nine hundred ninety-nine"),
+    (101_001, "einhunderteintausendeins", "one hundred one thousand one"),
+    (21_012, "einundzwanzigtausendzwölf", "twenty-one thousand twelve")])
+def test_number_words(n, german, english):
+    assert data.german_number(n) == german and data.english_number(n) == english
+
+
+def test_numbers_are_split_without_overlap():
+    pairs = data.number_pairs(9999)
+    assert pairs == data.number_pairs(9999)
+    everything = [p for split in pairs.values() for p in split]
+    assert len(set(everything)) == 10_000 and len({a for a, _ in everything}) == 10_000
+    assert [len(pairs[s]) for s in ("train", "valid", "test")] == [9000, 500, 500]
+    with pytest.raises(DataError, match="largest number"):
+        data.number_pairs(10**6)
+
+
+def test_bpe_joins_the_most_frequent_pair_and_loses_nothing():
+    vocab = [bytes.fromhex(t) for t in data.learn_bpe(["hug hug hug pug pun bun"], 259)]
+    assert vocab[256] == b"ug" and len(vocab) == 259  # 4 times; " h" and "hu" 2 and 3
+    codec = data.BPECodec(data.learn_bpe(["der Hund bellt"] * 5, 300))
+    for text in ("der Hund", "  zwei   Leer ", "\u4f60\u597d\n\U0001f600", ""):
+        assert codec.decode(codec.encode(text)) == text
+    assert len(codec.encode("der Hund bellt")) == 3 and codec.encode("a").min() >= 3
+
+
+def test_train_batch_is_a_function_of_its_arguments():
+    pairs = data.load_pairs("numbers", length=32, vocab=300, max_number=199)
+    whole = pairs.train_batch(0, 7, 8, range(8))
+    other = data.load_pairs("numbers", length=32, vocab=300, max_number=199)
+    other.train_batch(1, 3, 4, [0])
+    for full, part in zip(whole, other.train_batch(0, 7, 8, [5, 2])):
+        assert np.array_equal(full[[5, 2]], part)
+    per_epoch = len(pairs.train) // 8
+    seen = [tuple(row[row > 2]) for step in range(per_epoch)
+            for row in pairs.train_batch(0, step, 8, range(8))[0]]
+    assert len(set(seen)) == len(seen) == 8 * per_epoch  # once per epoch
+    x, y = whole
+    assert (x[:, 0] == 1).all() and ((x == 2).sum(1) == 1).all() and x.shape[1] % 8 == 0
+
+
+def test_own_files_and_their_mistakes(tmp_path, capsys):
+    def write(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+    a, b = write("a", "eins\n\nzwei\n" + "drei " * 99 + "\n"), write("b", "one\nx\ntwo\nthree\n")
+    pairs = data.load_pairs("files", length=24, vocab=300, files={"train": (a, b), "valid": (a, b)})
+    assert len(pairs.train) == 2 and "2 of 4 training pairs are left out" in capsys.readouterr().err
+    assert len(pairs.texts["test"]) == 4
+    with pytest.raises(DataError, match="has 4 lines, .* has 1"):
+        data.load_pairs("files", files={"train": (a, write("c", "one\n"))})
+    with pytest.raises(DataError, match="--train a.de a.en"):
+        data.load_pairs("files", files={"train": ()})
+    (tmp_path / "d").write_bytes(b"\xff\xfe\n" * 4)
+    with pytest.raises(DataError, match="cannot be read as UTF-8"):
+        data.load_pairs("files", files={"train": (a, str(tmp_path / "d"))})
+    with pytest.raises(DataError, match="raise --length"):
+        data.load_pairs("files", length=2, vocab=300, files={"train": (a, b), "valid": (a, b)})
+
+
+# ------------------------------------------------------------------------- metrics
+
+
+def test_bleu_gives_the_published_examples():
+    """The examples of NLTK's documentation: 0.5046 and, for two sentences, 0.5921."""
+    hyp1 = ("It is a guide to action which ensures that the military always obeys the commands of "
+            "the party").split()
+    refs = ["It is a guide to action that ensures that the military will forever heed Party "
+            "commands", "It is the guiding principle which guarantees the military forces always "
+            "being under the command of the Party", "It is the practical guide for the army "
+            "always to heed the directions of the party"]
+    refs1 = [r.split() for r in refs]
+    hyp2 = "he read the book because he was interested in world history".split()
+    refs2 = ["he was interested in world history because he read the book".split()]
+    assert metrics.bleu([hyp1], [refs1]) == pytest.approx(0.5045666840058485)
+    assert metrics.bleu([hyp1, hyp2], [refs1, refs2]) == pytest.approx(0.5920778868801042)
+    assert metrics.bleu([["a", "b"]], [[["a", "b", "c", "d"]]]) == 0
+    smooth = metrics.bleu([["a", "b"]], [[["a", "b", "c", "d"]]], smooth=True)
+    assert smooth == pytest.approx(math.exp(1 - 4 / 2))
+
+
+def test_tokeniser_and_figures():
+    assert metrics.tokenise_13a('"Hi," he said: 3.5%-off...') == [
+        '"', "Hi", ",", '"', "he", "said", ":", "3.5", "%", "-off", ".", ".", "."]
+    rows = [dict(text="A cat sat here .", reference="a cat sat here."),
+            dict(text="a b c d e", reference="a b c d e")]
+    figures = metrics.score_translations(rows)
+    assert figures["exact"]["value"] == 50 and figures["bleu"]["value"] == pytest.approx(100)
+
+
+# ------------------------------------------------------------------------- whole runs
+
+
+def test_resume_is_exact_and_a_run_leaves_everything(run, capsys):
+    run(4, out="a")
+    printed = capsys.readouterr().out
+    assert "exact" in printed and "bleu" in printed and "call   1" in printed
+    a, b = run(8, out="a"), run(8, out="b")
+    assert losses(a) == losses(b) and sorted(losses(a)) == [2, 4, 6, 8]
+    one, two = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (a, b))
+    assert all(torch.equal(x, y) for x, y in zip(one["model"].values(), two["model"].values()))
+    result = json.loads((a / "result.json").read_text())
+    assert result["step"] == 8 and result["figures"]["speed"]["value"] > 0
+    assert len((a / "translations.jsonl").read_text().splitlines()) == 3
+    capsys.readouterr()
+    run(8, out="a")
+    assert "is complete: 8 steps" in capsys.readouterr().out
+    with pytest.raises(RunError, match="--loss anchor, not none"):
+        run(9, "--loss", "none")
+    metrics.main([str(a), "--device", "cpu"])
+    assert "exact, %" in capsys.readouterr().out
+
+
+def test_micro_batches_change_nothing(run):
+    flags = ["--dropout", "0"]
+    a, b = run(4, *flags, out="a"), run(4, *flags, "--micro_batch", "3", out="b")
+    assert losses(a) == pytest.approx(losses(b), rel=1e-4)
+
+
+def test_two_ranks_equal_one(run, tmp_path):
+    one = run(4, "--dropout", "0", out="one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               "--master_port", str(29500 + os.getpid() % 1000), str(ROOT / "difformer.py"),
+               *TINY, "--dropout", "0", "--out", str(tmp_path / "two"), "--steps", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_sample_needs_the_checkpoint_alone(run, tmp_path, capsys):
+    out = run(2)
+    capsys.readouterr()
+    file = tmp_path / "input.txt"
+    file.write_text("eins\n\nzwei\n")
+    difformer.main(["--mode", "sample", "--out", str(out), "--device", "cpu", "--source", str(file),
+                    "--show_steps"])
+    printed = capsys.readouterr().out
+    assert printed.count("->") == 3 and "call   1" in printed
+
+
+def test_own_pairs_from_the_command_line(tmp_path, capsys):
+    (tmp_path / "a").write_text("eins\nzwei\n" * 30)
+    (tmp_path / "b").write_text("one\ntwo\n" * 30)
+    files = [str(tmp_path / "a"), str(tmp_path / "b")]
+    difformer.main([*TINY, "--train", *files, "--steps", "2", "--out", str(tmp_path / "run")])
+    assert "files: 57 pairs" in capsys.readouterr().out
+
+
+def test_presets_name_fields():
+    fields = {f.name for f in dataclasses.fields(Config)}
+    for name, row in difformer.PRESETS.items():
+        assert set(row) <= fields, name
+        assert Config(**row)
+
+
+def test_bench_prints_one_json_line(capsys):
+    difformer.main(["--mode", "bench", *TINY, "--bench_steps", "2"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["target_tokens_per_s"] > 0 and record["batch"] == 8
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(RunError, match="multiple of --heads"):
+        Difformer(Config(**{**SMALL, "dim": 9}), 5)
