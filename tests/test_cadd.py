@@ -250,7 +250,7 @@ def test_dropout_acts_in_training_only():
 
 def test_hints_at_masked_positions_leave_visible_input_alone():
     """What --init_from relies on: where nothing is masked, the input is the MDM's."""
-    model, (x0, t, _, eps, _) = tiny_model(hint_at="masked"), tiny_batch()
+    model, (x0, t, *_) = tiny_model(hint_at="masked"), tiny_batch()
     mdm = tiny_model(hint="none")
     mdm.load_state_dict(model.state_dict())
     masked = torch.zeros_like(x0, dtype=torch.bool)

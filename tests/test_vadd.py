@@ -19,7 +19,7 @@ import eval as metrics
 import vadd
 import vadd_toys
 from common import RunError
-from data import DATASETS, TOYS, TextData, load_dataset
+from data import DATASETS, TOYS, load_dataset
 from vadd import VADD, Config, Mixture
 
 ROOT = Path(__file__).resolve().parents[1]
