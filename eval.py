@@ -45,7 +45,7 @@ import torch
 
 import common
 from common import RunError
-from data import TOY_BINS, TOY_POINTS, TextData, load_dataset, words
+from data import TOY_POINTS, TextData, load_dataset, words
 
 METHODS = ("cadd", "vadd", "difformer")  # scripts with a function score(out, flags)
 
@@ -110,95 +110,6 @@ def score_data(data: TextData, split: str, count: int = 256) -> dict:
     """The same metrics on `count` windows of real text."""
     rows = [row for batch in data.eval_batches(split, 64, limit=count) for row in batch]
     return score_samples([dict(text=data.decode(row), ids=row) for row in rows], data)
-
-
-# ---------------------------------------------------------------------------------------------
-# Toys: points on a grid of 100 x 100 bins
-# ---------------------------------------------------------------------------------------------
-
-TOY_STEPS = (1, 5, 10, 20)  # VADD's Table 1 and Figure 6
-
-
-def histogram(ids: np.ndarray) -> np.ndarray:
-    """Points (n, 2) of bins -> frequencies (100, 100), float64."""
-    cell = ids[:, 0].astype(np.int64) * TOY_BINS + ids[:, 1]
-    counts = np.bincount(cell, minlength=TOY_BINS**2)
-    return counts.reshape(TOY_BINS, TOY_BINS) / len(ids)
-
-
-def histogram_entropy(p: np.ndarray) -> float:
-    """In nats."""
-    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
-
-
-def jeffreys(p: np.ndarray, q: np.ndarray, floor: float = 1e-6) -> float:
-    """[KL(p || q) + KL(q || p)] / 2 in nats, with `floor` added inside each logarithm.
-
-    What VADD's Table 1 calls "JS divergence": it has values above ln 2, which no Jensen-Shannon
-    divergence can have, and this formula gives the table's MDLM rows.
-    """
-    return float(0.5 * ((p - q) * (np.log(p + floor) - np.log(q + floor))).sum())
-
-
-def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
-    """Jensen-Shannon divergence in nats, at most ln 2."""
-    return histogram_entropy((p + q) / 2) - (histogram_entropy(p) + histogram_entropy(q)) / 2
-
-
-def perfect_mdm(p: np.ndarray, steps: int) -> np.ndarray:
-    """What an MDM with the exact conditionals of p samples in `steps` steps: (100, 100).
-
-    With probability 1/steps both positions are revealed in one step, each from its own marginal;
-    else the second one is drawn given the first, and the pair is right.
-    """
-    product = np.outer(p.sum(1), p.sum(0))
-    return product / steps + p * (1 - 1 / steps)
-
-
-def toy_rows(
-    data: TextData, own: dict[int, np.ndarray], name: str, n: int
-) -> tuple[dict[str, dict], list[np.ndarray]]:
-    """Divergences from the training points' histogram, and three histograms to look at.
-
-    `own` are histograms of n samples by the number of steps. Row "data" is the valid split: what
-    a perfect model would get, for sampling noise alone keeps it from 0. Row "mdlm at best" is n
-    draws of `perfect_mdm`. The histograms: data, mdlm at best, own, for the first number of steps.
-    """
-    p, rng = histogram(data.splits["train"]), np.random.default_rng(0)
-    fresh = histogram(data.splits["valid"])
-    best = {T: rng.multinomial(n, perfect_mdm(p, T).ravel()).reshape(p.shape) / n for T in own}
-    rows = {row: {T: {"jeffreys_1e-6": jeffreys(p, q[T]), "js": jensen_shannon(p, q[T])}
-                  for T in own}
-            for row, q in {"data": dict.fromkeys(own, fresh), "mdlm at best": best,
-                           name: own}.items()}
-    first = next(iter(own))
-    return rows, [p, best[first], own[first]]
-
-
-def toy_columns(row: dict[int, dict]) -> dict[str, str]:
-    """A row of `toy_rows` as columns of the table of runs."""
-    return {f"{name}, T = {T}": f"{value:.3f}" for T, values in row.items()
-            for name, value in values.items()}
-
-
-def toy_table(rows: dict[str, dict]) -> str:
-    """`toy_rows` as lines of text."""
-    steps = list(next(iter(rows.values())))
-    lines = ["jeffreys_1e-6 (JS) in nats, by sampling steps:",
-             f"{'':15s}" + "".join(f"{T:>16}" for T in steps)]
-    lines += [f"{name:15s}" + "".join(f"{v['jeffreys_1e-6']:8.3f} ({v['js']:.3f})"
-                                      for v in row.values()) for name, row in rows.items()]
-    return "\n".join(lines)
-
-
-def save_histograms(path: Path, rows: list[list[np.ndarray]]) -> None:
-    """A picture of histograms side by side, one row per list; dark is frequent, y points up."""
-    from torchvision.utils import save_image
-    shades = [1 - torch.from_numpy(p / np.quantile(p[p > 0], 0.99)).clamp(0, 1).T.flip(0)
-              for row in rows for p in row]
-    image = torch.stack(shades)[:, None].float()                      # (n, 1, 100, 100)
-    image = image.repeat_interleave(3, 2).repeat_interleave(3, 3)
-    save_image(image, path, nrow=len(rows[0]), padding=8, pad_value=0.5)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -306,6 +217,12 @@ def score_run(out: Path, split: str, flags: list[str]) -> dict:
     return result
 
 
+def toy_columns(row: dict[int, dict]) -> dict[str, str]:
+    """A row of `vadd.toy_rows` as columns of the table of runs."""
+    return {f"{name}, T = {T}": f"{value:.3f}" for T, values in row.items()
+            for name, value in values.items()}
+
+
 def show(value: float | None, digits: int = 4, percent: bool = False) -> str:
     if value is None:
         return ""
@@ -373,9 +290,10 @@ def main(argv: list[str] | None = None) -> None:
             samples = score_samples(read_samples(file), data)
         rows.append(row_of(name, result, samples))
         if (histograms := path / "histograms.npz").exists():
+            import vadd
             with np.load(histograms) as file:
                 own = {int(T): file[T].astype(np.float64) for T in file.files}
-            toys[dataset], seen = toy_rows(load_dataset(dataset), own, name, TOY_POINTS)
+            toys[dataset], seen = vadd.toy_rows(load_dataset(dataset), own, name, TOY_POINTS)
             rows[-1] |= toy_columns(toys[dataset][name])
             pictures.setdefault(dataset, [path, *seen[:2]]).append(seen[2])
     for (dataset, _), data in sets.items():
@@ -385,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
                  ("data", "mdlm at best")]
     print(table(rows))
     for dataset, (folder, *histograms) in pictures.items():
-        save_histograms(folder / "side-by-side.png", [histograms])
+        vadd.save_histograms(folder / "side-by-side.png", [histograms])
         print(f"{folder / 'side-by-side.png'}: {dataset}, MDLM at best, then the runs above")
 
 
