@@ -204,9 +204,10 @@ def test_mnist_from_files_of_any_order(tmp_path):
 def test_mnist_downloads_are_checked(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="cannot download .*train-images"):
         load_images("mnist", tmp_path)
-    (tmp_path / "mirror").mkdir()
-    write_idx(tmp_path / "mirror" / "train-images-idx3-ubyte.gz", np.zeros((60_000, 1, 1), np.uint8))
-    monkeypatch.setenv("CATDIFF_MIRROR", (tmp_path / "mirror").as_uri())
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    write_idx(mirror / "train-images-idx3-ubyte.gz", np.zeros((60_000, 1, 1), np.uint8))
+    monkeypatch.setenv("CATDIFF_MIRROR", mirror.as_uri())
     with pytest.raises(DataError, match="not the file expected"):
         load_images("mnist", tmp_path)
     assert not list((tmp_path / "mnist").glob("*.gz*"))
