@@ -1298,9 +1298,9 @@ class ImageRecipe:
     vocab_size: int
 
 
-IMAGES = {  # 8 x 8 and 7 x 7 tokens
-    "glyphs": ImageRecipe(glyph_images, "0123456789ABCDEF", 3, 128),
-    "glyphs36": ImageRecipe(glyph_images, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", 3, 128),
+IMAGES = {  # 6 x 6 and 7 x 7 tokens
+    "glyphs": ImageRecipe(glyph_images, "0123456789ABCDEF", 4, 256),
+    "glyphs36": ImageRecipe(glyph_images, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", 4, 256),
     "mnist": ImageRecipe(mnist_images, "0123456789", 4, 256),
 }
 IMAGE_FILE, IMAGE_VERSION = "tokens.npz", "1"
@@ -1360,7 +1360,8 @@ def open_images(path: Path, name: str) -> ImageTokens | None:
     try:
         with np.load(path) as file:
             arrays = dict(file)
-        if str(arrays["version"]) != IMAGE_VERSION:
+        shape = (recipe.vocab_size, recipe.patch**2)
+        if str(arrays["version"]) != IMAGE_VERSION or arrays["codes"].shape != shape:
             return None
         splits = {split: arrays[split] for split in ("train", "valid", "test")}
         labels = {split: arrays[f"{split}_labels"].astype(np.int64) for split in splits}
