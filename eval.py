@@ -381,7 +381,7 @@ def draw_collapse(results: dict[str, dict], folder: Path) -> list[Path]:
         ("variances", "", "variance of each dimension of EMB(x), sorted (Fig. 1)",
          "dimension, as a share of all L x D", True),
         ("ce", "times", "cross-entropy of x0 given z_t, nats per token (Fig. 1)", "t", False),
-        ("dgs", "times", "DGS_t: share of tokens that a nearest embedding finds", "t", False),
+        ("dgs", "times", "DGS_t: accuracy of the degenerate model", "t", False),
         ("axes", "", "variance of the embeddings along principal axes", "axis, as a share of all",
          True),
         ("norms", "", "magnitudes |e_v|, sorted (Fig. 6)", "token, as a share of all V", False),
