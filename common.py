@@ -706,15 +706,17 @@ def restore_rng(states: list[dict], place: Setup, step: int) -> None:
 
 
 def environment(place: Setup) -> dict:
-    """Commit ($CATDIFF_COMMIT where there is no git), versions and hardware, for logs."""
+    """Commit ($CATDIFF_COMMIT if set, else what git says), versions and hardware, for logs."""
+    commit = os.environ.get("CATDIFF_COMMIT", "")
     git = ["git", "-C", str(Path(__file__).parent)]
+    run = dict(capture_output=True, text=True, check=True, timeout=10)
     try:
-        run = dict(capture_output=True, text=True, check=True, timeout=10)
-        commit = subprocess.run(git + ["rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        status = git + ["status", "--porcelain", "--untracked-files=no"]
-        commit += "+changes" if subprocess.run(status, **run).stdout.strip() else ""
+        if not commit:
+            commit = subprocess.run(git + ["rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+            status = git + ["status", "--porcelain", "--untracked-files=no"]
+            commit += "+changes" if subprocess.run(status, **run).stdout.strip() else ""
     except (OSError, subprocess.SubprocessError):
-        commit = os.environ.get("CATDIFF_COMMIT", "unknown")
+        commit = "unknown"
     if place.device.type == "cuda":
         hardware = f"{place.world} x {torch.cuda.get_device_name(place.device)}"
     else:
