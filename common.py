@@ -124,6 +124,13 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.float(), x.shape[-1:], self.weight)
 
 
+def sinusoids(x: Tensor, d: int) -> Tensor:
+    """cos and sin (n, d) of x (n,) times d/2 frequencies from 1 to near 1e-4."""
+    freqs = torch.exp(-math.log(1e4) * torch.arange(d // 2, device=x.device) / (d // 2))
+    angles = x.float()[:, None] * freqs                               # (n, d/2)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
 class TimeEmbedding(nn.Module):
     """t (B,) in [0, 1] -> (B, d): 256 sines of 1000 t, two linear layers (DiT)."""
 
@@ -132,9 +139,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
 
     def forward(self, t: Tensor) -> Tensor:
-        freqs = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
-        angles = 1000.0 * t.float()[:, None] * freqs  # (B, 128)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+        return self.mlp(sinusoids(1000.0 * t, 256))
 
 
 class DiTBlock(nn.Module):
@@ -174,7 +179,8 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Token-sequence transformer: ids (B, L) or embeddings (B, L, d) -> features (B, L, d).
 
-    The head is the caller's, so that logits are computed only where they are needed. At
+    The head is the caller's, so that logits are computed only where they are needed; with rows = 0
+    so are the embeddings. At
     12 x 768 x 12 heads, cond_dim 128, 50,258 rows and an untied head of as many classes this is
     the 169.6M-parameter network of SEDD, MDLM and CADD.
     """
@@ -184,7 +190,7 @@ class DiT(nn.Module):
         length: int = 1024,
     ):
         super().__init__()
-        self.embed = nn.Embedding(rows, d)
+        self.embed = nn.Embedding(rows, d) if rows else None
         self.time = TimeEmbedding(cond_dim)
         self.blocks = nn.ModuleList(DiTBlock(d, heads, cond_dim, dropout) for _ in range(depth))
         self.norm = LayerNorm(d)
@@ -192,7 +198,8 @@ class DiT(nn.Module):
         self.register_buffer("rope", rope_table(length, d // heads), persistent=False)
         # Every block starts as the identity (adaLN-zero, DiT); embeddings start with standard
         # deviation d^-1/2 / sqrt(3), norm 0.58, as MDLM's; linear layers keep PyTorch's default.
-        nn.init.uniform_(self.embed.weight, -(d**-0.5), d**-0.5)
+        if rows:
+            nn.init.uniform_(self.embed.weight, -(d**-0.5), d**-0.5)
         for layer in [block.adaln for block in self.blocks] + [self.adaln]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -222,7 +229,7 @@ class DiT(nn.Module):
         """Model FLOPs of a training step (forward + backward = 3 x 2 MACs) per token, no head."""
         matmul = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
         matmul -= sum(block.adaln.weight.numel() for block in self.blocks)  # per sequence
-        return 6.0 * matmul + 12.0 * len(self.blocks) * L * self.embed.weight.shape[1]
+        return 6.0 * matmul + 12.0 * len(self.blocks) * L * len(self.norm.weight)
 
 
 class Attention(nn.Module):
@@ -233,13 +240,14 @@ class Attention(nn.Module):
         self.heads = heads
         self.q, self.kv, self.out = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
 
-    def forward(self, x: Tensor, memory: Tensor, real: Tensor) -> Tensor:
-        """real (B, M) is False at padding of the memory, which nobody sees."""
+    def forward(self, x: Tensor, memory: Tensor, real: Tensor | None = None) -> Tensor:
+        """real (B, M) is False at padding of the memory, which nobody sees; None: no padding."""
         B, L, d = x.shape
         q = self.q(x).view(B, L, self.heads, -1).transpose(1, 2)          # (B, heads, L, d_head)
         kv = self.kv(memory).view(B, memory.shape[1], 2, self.heads, -1)
         k, v = kv.transpose(1, 3).unbind(2)                               # (B, heads, M, d_head)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None])
+        mask = None if real is None else real[:, None, None]
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(h.transpose(1, 2).reshape(B, L, d))
 
 
