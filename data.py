@@ -13,10 +13,12 @@ import contextlib
 import gzip
 import hashlib
 import heapq
+import importlib
 import io
 import itertools
 import json
 import lzma
+import math
 import multiprocessing
 import os
 import random
@@ -28,6 +30,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -1077,6 +1080,339 @@ def load_pairs(
         texts.setdefault("test", texts["valid"])
     codec = BPECodec(learn_bpe(itertools.chain.from_iterable(texts["train"]), vocab - SPECIALS))
     return PairData(name, length, codec, texts)
+
+
+# ---------------------------------------------------------------- images as tokens
+
+
+@dataclass
+class ImageTokens:
+    """Images as sequences of L = rows * columns tokens, row by row from the top left."""
+
+    name: str
+    splits: dict[str, np.ndarray]  # "train", "valid", "test" -> (N, L) integers
+    labels: dict[str, np.ndarray | None]  # (N,) int64, the class of each image; None: no classes
+    classes: tuple[str, ...]  # their names
+    vocab_size: int  # V
+    shape: tuple[int, int]  # rows and columns of tokens
+    pixels: np.ndarray | None = None  # (V, p, p) uint8, each token's picture; None: see vq-decode
+    _order: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises DataError if anything is out of range."""
+        for split, ids in self.splits.items():
+            labels, L = self.labels[split], self.shape[0] * self.shape[1]
+            if ids.shape[1:] != (L,) or len(ids) == 0:
+                raise DataError(f"{self.name}: {split} has shape {ids.shape}, not (N, {L})")
+            if not 0 <= ids.min() <= ids.max() < self.vocab_size:
+                raise DataError(f"{self.name}: {split} has tokens {ids.min()} to {ids.max()}; "
+                                f"they must lie in 0..{self.vocab_size - 1}")
+            if labels is not None and (labels.shape != (len(ids),) or labels.min() < 0
+                                       or labels.max() >= len(self.classes)):
+                raise DataError(f"{self.name}: {split} needs {len(ids)} labels in "
+                                f"0..{len(self.classes) - 1}; there are {len(labels)}, from "
+                                f"{labels.min()} to {labels.max()}")
+
+    @property
+    def length(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def train_rows(self, seed: int, step: int, batch_size: int, indices: Sequence[int]
+                   ) -> np.ndarray:
+        """Which training images make up `indices` of the global batch of `step`: (b,) int64.
+
+        As TextData.train_batch: a function of its arguments alone, each image once per epoch.
+        """
+        if not self._order:
+            rows = np.arange(len(self.splits["train"]))[:, None]
+            self._order["rows"] = TextData(self.name, len(rows), 1, "row", {"train": rows},
+                                           IdCodec())
+        return self._order["rows"].train_batch(seed, step, batch_size, indices)[:, 0]
+
+    def tokenizer(self) -> dict:
+        """All but the splits, in plain types: what a checkpoint keeps to be sampled from alone."""
+        return {"name": self.name, "vocab_size": self.vocab_size, "shape": self.shape,
+                "classes": self.classes,
+                "pixels": None if self.pixels is None else self.pixels.tolist()}
+
+    @classmethod
+    def from_tokenizer(cls, kept: dict) -> "ImageTokens":
+        """The inverse of `tokenizer`."""
+        pixels = None if kept["pixels"] is None else np.array(kept["pixels"], np.uint8)
+        return cls(kept["name"], {}, {}, tuple(kept["classes"]), kept["vocab_size"],
+                   tuple(kept["shape"]), pixels)
+
+    def draw(self, ids: np.ndarray) -> np.ndarray | None:
+        """Tokens (N, L) to grey images (N, H, W) uint8; None if the tokens have no pictures."""
+        if self.pixels is None:
+            return None
+        rows, columns = self.shape
+        p = self.pixels.shape[1]
+        patches = self.pixels[np.asarray(ids).reshape(-1, rows, columns)]  # (N, rows, cols, p, p)
+        return patches.swapaxes(2, 3).reshape(-1, rows * p, columns * p)
+
+
+def cut_patches(images: np.ndarray, p: int) -> np.ndarray:
+    """(N, H, W) to (N, L, p * p): the patches row by row from the top left."""
+    N, H, W = images.shape
+    return images.reshape(N, H // p, p, W // p, p).swapaxes(2, 3).reshape(N, -1, p * p)
+
+
+def nearest_code(x: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """The code (V, n) nearest to each row of x (N, n), the first among equals: (N,) int64.
+
+    Both are whole numbers up to 255, so float32 is exact: n 255^2 < 2^23 for n <= 129.
+    """
+    codes = codes.astype(np.float32)
+    half = (codes**2).sum(1) / 2  # |x - c|^2 / 2 = |x|^2 / 2 + |c|^2 / 2 - x c
+    return np.concatenate([(half - x[i:i + 65536].astype(np.float32) @ codes.T).argmin(1)
+                           for i in range(0, len(x), 65536)])
+
+
+def learn_codes(x: np.ndarray, V: int, rounds: int = 20) -> np.ndarray:
+    """V codes for rows x (N, n) uint8 by k-means on 50,000 of them, darkest first: (V, n) uint8.
+
+    Starts as k-means++ (Arthur and Vassilvitskii 2007): each further code is a row drawn in
+    proportion to its squared distance from the codes so far. Whole numbers throughout, means
+    rounded: the same codes on every machine.
+    """
+    rng = np.random.default_rng(0)
+    x = x[rng.permutation(len(x))[:50_000]].astype(np.int64)
+    codes, away = [x[0]], np.full(len(x), np.iinfo(np.int64).max)
+    while len(codes) < V:
+        away = np.minimum(away, ((x - codes[-1])**2).sum(1))
+        total = np.cumsum(away)
+        if total[-1] == 0:
+            raise DataError(f"there are only {len(codes)} different patches, not {V}")
+        codes.append(x[np.searchsorted(total, rng.integers(total[-1]), side="right")])
+    codes = np.stack(codes)
+    for _ in range(rounds):
+        own = nearest_code(x, codes)
+        count = np.bincount(own, minlength=V)[:, None]
+        total = np.stack([np.bincount(own, column, V) for column in x.T], 1)  # (V, n), exact
+        codes = np.where(count > 0, np.rint(total / np.maximum(count, 1)), codes).astype(np.int64)
+    return codes[np.argsort(codes.sum(1), kind="stable")].astype(np.uint8)
+
+
+GLYPH_SIZE, GLYPH_SPLITS = 24, {"train": 20_000, "valid": 2_000, "test": 2_000}
+
+
+def draw_glyphs(characters: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` images (count, 24, 24) uint8 of characters in turn, and which: (count,) int64.
+
+    Pillow's own font, at random place, scale and shear: image i is a function of (seed, i).
+    """
+    Image, ImageDraw, ImageFont, features = pillow("Image", "ImageDraw", "ImageFont", "features")
+    if not features.check("freetype2"):
+        raise DataError("this Pillow cannot draw its font, it was built without FreeType: "
+                        "pip install --force-reinstall pillow")
+    big = 4 * GLYPH_SIZE  # drawn four times larger, then averaged
+    font, stencils = ImageFont.load_default(size=0.85 * big), []
+    for character in characters:
+        stencils.append(Image.new("L", (big, big)))
+        ImageDraw.Draw(stencils[-1]).text((big / 2, big / 2), character, 255, font, anchor="mm",
+                                          stroke_width=2)
+    labels = np.arange(count) % len(characters)
+    images = np.empty((count, GLYPH_SIZE, GLYPH_SIZE), np.uint8)
+    low, high = np.array([[0.8, -0.3, -0.1, -0.1], [1.1, 0.3, 0.1, 0.1]])
+    draws = low + (high - low) * np.random.default_rng(seed).random((count, 4))
+    for image, label, (scale, shear, dx, dy) in zip(images, labels, draws):
+        # Pillow asks where each pixel comes from: x' = (x - cx + shear (y - cy)) / scale + big / 2
+        cx, cy = big / 2 + dx * big, big / 2 + dy * big
+        a, b = 1 / scale, shear / scale
+        matrix = (a, b, big / 2 - a * cx - b * cy, 0, a, big / 2 - a * cy)
+        large = stencils[label].transform((big, big), Image.AFFINE, matrix, Image.BILINEAR)
+        image[:] = large.reduce(4)
+    return images, labels
+
+
+def pillow(*names: str) -> list:
+    """Pillow's modules. Raises DataError if it is not installed."""
+    try:
+        return [importlib.import_module(f"PIL.{name}") for name in names]
+    except ImportError as error:
+        raise DataError("images need Pillow: pip install pillow") from error
+
+
+def glyph_images(shop: Workshop, characters: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Valid and test have other seeds, so they hold other images than train."""
+    return {split: draw_glyphs(characters, count, seed)
+            for seed, (split, count) in enumerate(GLYPH_SPLITS.items())}
+
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_FILES = {  # file: sha256, size in bytes
+    "train-images-idx3-ubyte.gz":
+        ("440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609", 9_912_422),
+    "train-labels-idx1-ubyte.gz":
+        ("3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c", 28_881),
+    "t10k-images-idx3-ubyte.gz":
+        ("8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6", 1_648_877),
+    "t10k-labels-idx1-ubyte.gz":
+        ("f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6", 4_542)}
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX .gz file of bytes (MNIST's format). Raises DataError if it is not one."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        zeros, kind, rank = raw[:2], raw[2], raw[3]
+        sizes = np.frombuffer(raw, ">u4", rank, 4)
+        if zeros != b"\0\0" or kind != 8:
+            raise ValueError("no IDX file of bytes")
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(sizes)
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}): remove it to have it downloaded") from error
+
+
+def mnist_images(shop: Workshop, classes: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """MNIST (LeCun et al. 1998); the last 5,000 training images are the valid split.
+
+    Files that are there already may be any copy of the right sizes: their order varies.
+    """
+    arrays = []
+    for file, (sha256, size) in MNIST_FILES.items():
+        path = shop.find(file) or shop.fetch(MNIST_URL + file, sha256, size)
+        arrays.append(read_idx(path))
+        count = 60_000 if file.startswith("train") else 10_000
+        if arrays[-1].shape not in ((count, 28, 28), (count,)):
+            raise DataError(f"{path} has shape {arrays[-1].shape}, which is not MNIST's: remove "
+                            "it to have it downloaded")
+    images, labels, *test = arrays
+    return {"train": (images[:55_000], labels[:55_000]),
+            "valid": (images[55_000:], labels[55_000:]), "test": tuple(test)}
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    build: Callable[[Workshop, str], dict]  # split -> images (N, H, W) uint8, labels (N,)
+    classes: str  # a character each
+    patch: int  # p: pixels of a patch's side
+    vocab_size: int
+
+
+IMAGES = {  # 8 x 8 and 7 x 7 tokens
+    "glyphs": ImageRecipe(glyph_images, "0123456789ABCDEF", 3, 128),
+    "glyphs36": ImageRecipe(glyph_images, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", 3, 128),
+    "mnist": ImageRecipe(mnist_images, "0123456789", 4, 256),
+}
+IMAGE_FILE, IMAGE_VERSION = "tokens.npz", "1"
+
+
+def load_images(name: str, data_dir: str | Path = "data", labels: str = "") -> ImageTokens:
+    """A set of IMAGES, prepared under `data_dir` at the first call, or your own tokens.
+
+    `name`: "glyphs" (0-9, A-F; nothing to download), "glyphs36" (0-9, A-Z), "mnist", or a file
+    tokens.npy of (N, L) or (N, rows, columns) integers, with `labels`, a .npy of (N,) classes, or
+    without. The images of the sets are cut into p x p patches, and a patch's token is the nearest
+    of V codes: a vector quantiser without a network. Raises DataError.
+    """
+    if name.endswith(".npy"):
+        return load_tokens(Path(name), labels and Path(labels))
+    if name not in IMAGES:
+        raise DataError(f"unknown image set {name!r}: choose one of {', '.join(IMAGES)}, or give a "
+                        "tokens.npy (see data.py vq-encode)")
+    if labels:
+        raise DataError(f"--labels is for a tokens.npy of your own: {name} has its own classes")
+    bases = [Path(data_dir), cache_folder()]
+    for base in bases:
+        if data := open_images(base / name / IMAGE_FILE, name):
+            return data
+    base = next((base for base in bases if writable(base / name)), None)
+    if base is None:
+        raise DataError(f"neither {bases[0]} nor {bases[1]} can be written; set --data_dir")
+    folder, recipe = base / name, IMAGES[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".preparing"):
+        if data := open_images(folder / IMAGE_FILE, name):  # by the process we waited for
+            return data
+        print(f"preparing {name} in {folder}", file=sys.stderr)
+        shop = Workshop([b / name for b in bases], folder, folder, 0)
+        made = recipe.build(shop, recipe.classes)
+        patches = {split: cut_patches(images, recipe.patch) for split, (images, _) in made.items()}
+        arrays = {f"{split}_labels": labels for split, (_, labels) in made.items()}
+        flat = {split: x.reshape(-1, recipe.patch**2) for split, x in patches.items()}
+        arrays["codes"] = learn_codes(flat["train"], recipe.vocab_size)
+        for split, x in patches.items():
+            ids = nearest_code(flat[split], arrays["codes"]).reshape(x.shape[:2])
+            arrays[split] = ids.astype(np.uint8)
+        temporary = folder / f"preparing-{os.getpid()}.npz"
+        try:
+            np.savez_compressed(temporary, version=IMAGE_VERSION, **arrays)
+            os.replace(temporary, folder / IMAGE_FILE)
+        finally:
+            temporary.unlink(missing_ok=True)
+    data = open_images(folder / IMAGE_FILE, name)
+    assert data is not None, f"{folder} cannot be read right after its preparation"
+    return data
+
+
+def open_images(path: Path, name: str) -> ImageTokens | None:
+    """The prepared set, or None if there is none, or only a damaged or an outdated one."""
+    recipe = IMAGES[name]
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        if str(arrays["version"]) != IMAGE_VERSION:
+            return None
+        splits = {split: arrays[split] for split in ("train", "valid", "test")}
+        labels = {split: arrays[f"{split}_labels"].astype(np.int64) for split in splits}
+        side = round(splits["train"].shape[1] ** 0.5)
+        pixels = arrays["codes"].reshape(-1, recipe.patch, recipe.patch)
+    except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile):
+        return None
+    return ImageTokens(name, splits, labels, tuple(recipe.classes), recipe.vocab_size,
+                       (side, side), pixels)
+
+
+def load_tokens(path: Path, labels: Path | None) -> ImageTokens:
+    """Your own images: a twentieth each, at most 5,000, is held out as valid and as test.
+
+    A file tokens.json beside tokens.npy may give "vocab_size" and, with labels, "classes", their
+    names. Raises DataError.
+    """
+    ids = read_integers(path)
+    if ids.ndim == 2:
+        side = math.isqrt(ids.shape[1])
+        if side * side != ids.shape[1]:
+            raise DataError(f"{path} has {ids.shape[1]} tokens per image, which is no square: "
+                            "store it as (N, rows, columns)")
+        ids = ids.reshape(-1, side, side)
+    if ids.ndim != 3 or len(ids) < 3:
+        raise DataError(f"{path}: must hold at least 3 images as (N, L) or (N, rows, columns); it "
+                        f"has shape {ids.shape}")
+    meta = path.with_suffix(".json")
+    try:
+        known = json.loads(meta.read_text()) if meta.exists() else {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{meta} cannot be read: {error}") from error
+    N, shape = len(ids), ids.shape[1:]
+    classes: tuple[str, ...] = ()
+    if labels:
+        y = read_integers(labels)
+        if y.shape != (N,) or y.min() < 0:
+            raise DataError(f"{labels}: must hold {N} classes >= 0, one for each image of {path}; "
+                            f"it has shape {y.shape}")
+        count = int(y.max()) + 1
+        classes = tuple(known.get("classes", map(str, range(count))))
+    held = min(5000, max(1, N // 20))
+    order = np.random.default_rng(0).permutation(N)  # files are often sorted by class
+    parts = {"valid": order[:held], "test": order[held:2 * held], "train": order[2 * held:]}
+    splits = {split: ids[rows].reshape(len(rows), -1) for split, rows in parts.items()}
+    return ImageTokens(path.stem, splits, {split: y[rows].astype(np.int64) if labels else None
+                                           for split, rows in parts.items()},
+                       classes, known.get("vocab_size", int(ids.max()) + 1), shape)
+
+
+def read_integers(path: Path) -> np.ndarray:
+    """An array of integers from a .npy file, memory-mapped. Raises DataError."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as a .npy array: {error}") from error
+    if array.dtype.kind not in "iu" or array.size == 0:
+        raise DataError(f"{path} must hold integers; it has {array.dtype} of shape {array.shape}")
+    return array
 
 
 # ---------------------------------------------------------------- loading
