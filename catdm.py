@@ -264,6 +264,9 @@ class Denoiser(nn.Module):
         if cfg.task == "images":
             self.net = ImageTransformer(d, cfg.depth, cfg.heads, classes, cfg.dropout, length)
             common.normal_init(self, cfg.init_std)
+            for block in self.net.blocks:  # time and class start without effect
+                for layer in [block.by_time] + ([block.by_label] if classes else []):
+                    nn.init.zeros_(layer.weight)
         else:
             self.net = common.DiT(0, d, cfg.depth, cfg.heads, dropout=cfg.dropout, length=length)
         # Paper: "Gaussian initialization N(0, D^-1/2)", a variance by its own notation, which
