@@ -290,6 +290,77 @@ def normal_init(module: nn.Module, std: float) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+LENGTH_CLASSES, LENGTH_OFFSET = 256, 128  # class = target length - source length + 128
+
+
+class EncoderDecoder(nn.Module):
+    """Denoiser of a target sentence that sees the source: a post-norm transformer of width d
+    between embeddings of width e, and a head that predicts the target's length.
+
+    The embeddings are the caller's. `length` is the most tokens of a sentence; `self_condition`
+    gives the decoder a second input, its previous estimate.
+    """
+
+    def __init__(self, e: int, d: int, ffn: int, depth: int, heads: int, dropout: float,
+                 length: int, self_condition: bool = True, init_std: float = 0.02,
+                 place_std: float = 0.02):
+        super().__init__()
+        if d % heads:
+            raise RunError(f"--dim {d} must be a multiple of --heads {heads}")
+        self.d, self.dropout = d, dropout
+        self.source_in, self.target_in = (nn.Linear(e, d, bias=False) for _ in range(2))
+        self.out = nn.Linear(d, e, bias=False)
+        self.source_place, self.target_place = (nn.Embedding(length, d) for _ in range(2))
+        self.source_norm, self.target_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.time = nn.Sequential(nn.Linear(d, 4 * d), nn.ReLU(), nn.Linear(4 * d, d))
+        if self_condition:
+            self.previous = nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, d))
+        self.encoder, self.decoder = (
+            nn.ModuleList(PostNormBlock(d, heads, ffn, dropout, cross) for _ in range(depth))
+            for cross in (False, True))
+        self.length_head = nn.Linear(d, LENGTH_CLASSES)
+        normal_init(self, init_std)
+        for table in (self.source_place, self.target_place):
+            nn.init.normal_(table.weight, std=place_std)
+
+    def encode(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Source embeddings (B, M, e), real (B, M) False at padding -> states (B, M, d), length
+        logits (B, LENGTH_CLASSES) float32."""
+        h = self.source_in(x) + self.source_place.weight[: x.shape[1]]
+        h = F.dropout(self.source_norm(h), self.dropout, self.training)
+        for block in self.encoder:
+            h = block(h, real)
+        mean = (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        return h, self.length_head(mean).float()
+
+    def decode(self, z: Tensor, t: Tensor, previous: Tensor | None, real: Tensor, memory: Tensor,
+               memory_real: Tensor) -> Tensor:
+        """Estimate (B, N, e) float32 from noisy z (B, N, e), times t (B,) in [0, 1] and the
+        previous estimate; memory (B, M, d) are the encoder's states."""
+        freqs = torch.exp(-math.log(1e4) * torch.arange(self.d // 2, device=z.device)
+                          / (self.d // 2))
+        angles = 1000.0 * t[:, None] * freqs                               # (B, d / 2)
+        h = self.target_in(z)
+        if previous is not None:
+            h = self.previous(torch.cat([h, self.target_in(previous)], -1))
+        h = h + self.time(torch.cat([angles.cos(), angles.sin()], -1))[:, None]
+        h = self.target_norm(h + self.target_place.weight[: z.shape[1]])
+        h = F.dropout(h, self.dropout, self.training)
+        for block in self.decoder:
+            h = block(h, real, memory, memory_real)
+        return self.out(h).float()
+
+    def flops(self, M: int, N: int) -> tuple[float, float]:
+        """Model FLOPs of a forward and backward pass for one pair of M and N tokens: of encoder
+        and decoder, without the vocabulary head."""
+        sizes = [sum(m.weight.numel() for m in blocks.modules() if isinstance(m, nn.Linear))
+                 for blocks in (self.encoder, self.decoder)]
+        depth, d = len(self.encoder), self.d
+        key_value = depth * 2 * d * d  # the cross-attention's, on the source
+        return (6.0 * (M * sizes[0] + 2 * depth * d * M * M),
+                6.0 * (N * (sizes[1] - key_value) + M * key_value + 2 * depth * d * N * (N + M)))
+
+
 def _cross_entropy_chunk(h, w, b, target, scale, dw, db):
     """nll (m,) of one chunk of rows; with dw, db also adds their gradients and returns dh."""
     logits = (h @ w.T).to(b.dtype) + b

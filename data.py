@@ -10,6 +10,7 @@ the set was prepared. Ids 0..V-1 are the data's symbols; [MASK] is V, one past t
 """
 import argparse
 import contextlib
+import functools
 import gzip
 import hashlib
 import heapq
@@ -20,6 +21,7 @@ import json
 import lzma
 import math
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -878,6 +880,32 @@ def learn_bpe(texts: Iterable[str], size: int) -> list[str]:
 
 
 @dataclass
+class Sentences:
+    """Token sequences one after the other: sentence i is ids[starts[i]:starts[i + 1]]."""
+
+    ids: np.ndarray  # (tokens,) int32
+    starts: np.ndarray  # (n + 1,) int64
+
+    @classmethod
+    def join(cls, sentences: Sequence[np.ndarray]) -> "Sentences":
+        starts = np.cumsum([0, *map(len, sentences)])
+        return cls(np.concatenate([*sentences, []]).astype(np.int32), starts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    def rows(self, index: np.ndarray, multiple: int = 8, most: int = 10**9) -> np.ndarray:
+        """Sentences `index` (b,) as rows (b, L) int64, filled with PAD at the right. L is a
+        multiple of 8, which GPUs like, but at most `most`."""
+        lengths = self.lengths[index]
+        columns = np.arange(min(-(-lengths.max() // multiple) * multiple, max(most, lengths.max())))
+        at = self.starts[index][:, None] + columns                          # (b, L)
+        return np.where(columns < lengths[:, None], self.ids.take(at, mode="clip"), PAD
+                        ).astype(np.int64)
+
+
+@dataclass
 class PairData:
     """Source and target sentences under one joint vocabulary of V = `vocab_size` ids.
 
@@ -888,19 +916,21 @@ class PairData:
     length: int  # most tokens of a sentence, BOS and EOS included
     codec: BPECodec
     texts: dict[str, list[tuple[str, str]]]  # split -> (source, target)
-    _epochs: dict = field(default_factory=dict, repr=False)
+    _plan: tuple = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Encodes the training pairs; those with an empty or too long side are left out."""
         self.vocab_size = SPECIALS + len(self.codec.vocab)
         pairs = [(self.encode(a), self.encode(b)) for a, b in self.texts.get("train", [])]
         # an empty sentence is BOS EOS
-        self.train = [p for p in pairs if 2 < min(map(len, p)) and max(map(len, p)) <= self.length]
-        self.lengths = np.array([max(map(len, p)) for p in self.train])
-        if pairs and not self.train:
+        kept = [p for p in pairs if 2 < min(map(len, p)) and max(map(len, p)) <= self.length]
+        self.train = tuple(Sentences.join([p[side] for p in kept]) for side in (0, 1))
+        self.pairs = len(kept)
+        self.longest = -(-np.maximum(*(s.lengths for s in self.train)) // 8) * 8  # (pairs,)
+        if pairs and not kept:
             raise DataError(f"{self.name}: no training pair has two sides of 1 to "
-                            f"{self.length - 2} tokens; raise --length")
-        if lost := len(pairs) - len(self.train):
+                            f"{self.length - 2} tokens; raise --max_length")
+        if lost := len(pairs) - len(kept):
             print(f"{self.name}: {lost:,} of {len(pairs):,} training pairs are left out, a side "
                   f"is empty or longer than {self.length - 2} tokens", file=sys.stderr)
 
@@ -922,37 +952,31 @@ class PairData:
     def from_tokenizer(cls, kept: dict) -> "PairData":
         return cls(kept["name"], kept["length"], BPECodec(kept["vocab"]), {})
 
-    def train_batch(self, seed: int, step: int, batch_size: int, indices: Sequence[int]
-                    ) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs `indices` of the global batch of `step`: sources (b, M), targets (b, N), int64.
+    def train_batch(self, seed: int, step: int, batch_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs of a step: sources (b, M), targets (b, N), int64; a function of its arguments.
 
-        A function of its arguments alone. A batch holds sentences of similar length: each epoch is
-        shuffled, sorted by length within pools of 50 batches, cut, and the batches are shuffled.
-        M and N depend on the global batch, not on the part asked for.
+        A batch holds as many pairs of similar length as fit into `batch_tokens` when each is as
+        long as its longer side's multiple of 8. An epoch cuts the pairs, sorted by that length and
+        shuffled within it, into batches, and shuffles the batches; every pair occurs, and the last
+        batch is filled up with pairs that occurred already.
         """
-        per_epoch = max(1, len(self.train) // batch_size)
-        epoch, place = divmod(step, per_epoch)
-        if (seed, epoch, batch_size) not in self._epochs:
+        if not self._plan or self._plan[0] != batch_tokens:
+            falling, cuts = np.sort(self.longest)[::-1], [0]
+            while cuts[-1] < self.pairs:
+                cuts.append(cuts[-1] + max(1, batch_tokens // falling[cuts[-1]]))
+            self._plan = batch_tokens, cuts, None, None, None
+        _, cuts, kept, order, turns = self._plan
+        epoch, place = divmod(step, len(cuts) - 1)
+        if kept != (seed, epoch):
             rng = np.random.Generator(np.random.PCG64([seed, epoch]))
-            order = rng.permutation(len(self.train))
-            if len(order) < batch_size:  # a set smaller than a batch repeats
-                order = np.resize(order, batch_size)
-            pools = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
-            order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
-            cut = order[:per_epoch * batch_size].reshape(per_epoch, batch_size)
-            self._epochs.clear()
-            self._epochs[seed, epoch, batch_size] = rng.permutation(cut)
-        rows = self._epochs[seed, epoch, batch_size][place]
-        return tuple(pad_ids([self.train[r][side] for r in rows])[indices] for side in (0, 1))
-
-
-def pad_ids(sentences: Sequence[np.ndarray], multiple: int = 8) -> np.ndarray:
-    """Sentences (n,) to rows (b, L), filled with PAD; few different L keep compilers happy."""
-    L = -(-max(map(len, sentences)) // multiple) * multiple
-    rows = np.full((len(sentences), L), PAD, dtype=np.int64)
-    for row, sentence in zip(rows, sentences):
-        row[:len(sentence)] = sentence
-    return rows
+            order = rng.permutation(self.pairs)
+            order = order[np.argsort(-self.longest[order], kind="stable")]
+            turns = rng.permutation(len(cuts) - 1)
+            self._plan = batch_tokens, cuts, (seed, epoch), order, turns
+        end = min(cuts[turns[place] + 1], self.pairs)
+        size = cuts[turns[place] + 1] - cuts[turns[place]]
+        rows = order[max(0, end - size):end]
+        return tuple(side.rows(rows, most=self.length) for side in self.train)
 
 
 GERMAN = ("null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn "
@@ -1080,6 +1104,61 @@ def load_pairs(
         texts.setdefault("test", texts["valid"])
     codec = BPECodec(learn_bpe(itertools.chain.from_iterable(texts["train"]), vocab - SPECIALS))
     return PairData(name, length, codec, texts)
+
+
+def tokenise_13a(text: str) -> list[str]:
+    """Words and signs as mteval-v13a and sacreBLEU's default cut them."""
+    for pattern, by in ((r"([{-~\[-` -&(-+:-@/])", r" \1 "), (r"([^0-9])([.,])", r"\1 \2 "),
+                        (r"([.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
+        text = re.sub(pattern, by, text if text.startswith(" ") else f" {text} ")
+    return text.split()
+
+
+def ngrams(words: Sequence) -> list[Counter]:
+    """Counts of the 1-, 2-, 3- and 4-grams."""
+    return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, 5)]
+
+
+def bleu_of_counts(hits: list[int], totals: list[int], length: int, reference_length: int,
+                   smooth: bool = False) -> float:
+    """BLEU-4 in [0, 1] (Papineni et al. 2002) from the n-grams that match and all, n = 1..4.
+
+    `smooth` adds one to both counts of n > 1 (Lin and Och 2004): for single sentences, which
+    often share no 4-gram with their reference.
+    """
+    if smooth:
+        hits, totals = ([x[0], *(n + 1 for n in x[1:])] for x in (hits, totals))
+    if not min(hits):
+        return 0.0
+    brevity = min(0.0, 1 - reference_length / length)
+    return math.exp(brevity + sum(math.log(h / t) for h, t in zip(hits, totals)) / 4)
+
+
+def bleu(hypotheses: Sequence[Sequence], references: Sequence[Sequence[Sequence]],
+         smooth: bool = False) -> float:
+    """Corpus BLEU-4 in [0, 1] of token lists; each has one or more references."""
+    hits, totals, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    for hypothesis, several in zip(hypotheses, references, strict=True):
+        length += len(hypothesis)
+        reference_length += min((abs(len(r) - len(hypothesis)), len(r)) for r in several)[1]
+        for n, (found, *known) in enumerate(zip(*map(ngrams, [hypothesis, *several]))):
+            most = functools.reduce(operator.or_, known)  # of each n-gram, in any one reference
+            hits[n] += (found & most).total()
+            totals[n] += found.total()
+    return bleu_of_counts(hits, totals, length, reference_length, smooth)
+
+
+def score_translations(rows: Sequence[dict]) -> dict[str, dict]:
+    """Figures of {"text", "reference"} rows: exact matches and corpus BLEU, lower-cased and
+    tokenised. eval.py has more."""
+    if not rows:
+        raise DataError("there are no translations to score")
+    texts, references = ([tokenise_13a(row[k].lower()) for row in rows]
+                         for k in ("text", "reference"))
+    p = sum(row["text"] == row["reference"] for row in rows) / len(rows)
+    return {
+        "exact": dict(value=100 * p, unit="%", stderr=100 * math.sqrt(p * (1 - p) / len(rows))),
+        "bleu": dict(value=100 * bleu(texts, [[r] for r in references]), unit="lower case, 13a")}
 
 
 # ---------------------------------------------------------------- images as tokens
