@@ -44,7 +44,8 @@ from tqdm import tqdm
 
 import common
 from common import RunError, arg
-from data import IMAGES, PAD, ImageTokens, PairData, TextData, load_dataset, load_images, load_pairs
+from data import (IMAGES, PAD, ImageTokens, PairData, Sentences, TextData, choose, load_dataset,
+                  load_images, load_pairs, read_lines, score_translations)
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -64,6 +65,8 @@ class Config(common.RunConfig):
     vocab: int = arg(10_000, "translation: tokens of the joint byte-pair encoding", 260, 10**6,
                      fixed=True)
     max_number: int = arg(9999, "numbers: the largest", 20, 999_999, fixed=True)
+    batch_tokens: int = arg(8192, "translation: tokens of the sentences that make up a step", 8,
+                            10**8, fixed=True)
     # Method
     objective: str = arg("catdm", "catdm, or csdm: the bound of Eq. 2, without L_CM and dropping",
                          choices=("catdm", "csdm"), fixed=True)
@@ -71,6 +74,7 @@ class Config(common.RunConfig):
                   choices=("cm", "ce", "none"), fixed=True)
     beta_cm: float = arg(1.0, "weight of L_CM", 0, 1e6, fixed=True)
     beta_dm: float = arg(0.005, "weight of L_DM", 0, 1e6, fixed=True)
+    length_weight: float = arg(0.1, "translation: weight of the length loss", 0, 1e6, fixed=True)
     teacher: float = arg(0.99, "EMA decay eta of the teacher, network and embeddings", 0, 1,
                          fixed=True)
     shift: float = arg(-1.0, "s of section 4.3, added to log-SNR; Difformer's rescaling by F is "
@@ -95,7 +99,7 @@ class Config(common.RunConfig):
     dim: int = arg(512, "width", 8, 65536, fixed=True)
     depth: int = arg(15, "layers", 1, 1000, fixed=True)
     heads: int = arg(8, "attention heads", 1, 1000, fixed=True)
-    ffn: int = arg(1024, "width of the MLPs (translation; else 4 x dim)", 8, 10**6, fixed=True)
+    ffn: int = arg(1024, "translation: width of the MLPs (else 4 x dim)", 8, 10**6, fixed=True)
     dropout: float = arg(0.1, "dropout", 0, 0.99, fixed=True)
     init_std: float = arg(0.02, "initial linear weights, except of text; 0: fan-in^-1/2", 0, 10,
                           fixed=True)
@@ -119,6 +123,9 @@ class Config(common.RunConfig):
     argmax: bool = arg(False, "take the most probable tokens at the end, do not draw them")
     guidance: float = arg(1.0, "omega of Eq. 4, for samples of a class", 0, 1000)
     label: str = arg("", "only samples of this class")
+    length_beam: int = arg(3, "translation: lengths tried, around the predicted one", 1, 256)
+    noise_beam: int = arg(3, "translation: noises tried for each length", 1, 10**4)
+    source: str = arg("", "translate this text, or each line of this file")
     sample_batch: int = arg(64, "samples drawn at once", 1, 10**6)
     # Evaluation
     split: str = arg("valid", "split to evaluate", choices=("train", "valid", "test"))
@@ -167,6 +174,16 @@ PRESETS: dict[str, dict] = {
                       beta2=0.99, weight_decay=0.0, ema=0.999, samples=4, log_every=100,
                       sample_batch=256),
     "path": _SMALL_TEXT,
+    # translation (B.3): D = 128, Difformer's networks, optimiser and batches
+    "numbers": dict(vocab=400, length=32, embed_dim=64, dim=128, ffn=256, depth=2, heads=4,
+                    dropout=0.0, init_std=0.0, batch_tokens=1024, micro_batch=512, steps=1000,
+                    lr=1e-3, warmup=200, lr_schedule="cosine", beta2=0.98, weight_decay=0.01,
+                    ema=0.99, teacher=0.9, sample_steps=20, samples=4, log_every=50,
+                    save_every=500),
+    "multi30k": dict(vocab=10_000, length=128, embed_dim=128, dim=512, ffn=1024, depth=6, heads=4,
+                     dropout=0.3, batch_tokens=8192, micro_batch=2048, steps=30_000, lr=5e-4,
+                     warmup=4000, lr_schedule="inverse_sqrt", beta2=0.98, weight_decay=0.01,
+                     ema=0.999, sample_steps=20, samples=4, sample_batch=256),
 }
 PRESETS["glyphs36"] = PRESETS["glyphs"]
 
@@ -242,7 +259,7 @@ class ImageTransformer(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.register_buffer("places", common.sinusoids(torch.arange(length), d), persistent=False)
 
-    def forward(self, h: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         h = h + self.places.to(h.dtype)
         time = F.silu(common.sinusoids(1000 * t, h.shape[-1]))
         for block in self.blocks:
@@ -260,15 +277,20 @@ class Denoiser(nn.Module):
             raise RunError(f"--dim {d} must be an even multiple of --heads {cfg.heads}")
         self.cfg, self.V, self.length, self.classes = cfg, V, length, classes
         self.embed = nn.Embedding(V, D)
-        self.enter, self.head = nn.Linear(D, d), nn.Linear(d, V)
+        if cfg.task == "pairs":  # it has its own way in and out
+            self.net = common.EncoderDecoder(D, d, cfg.ffn, cfg.depth, cfg.heads, cfg.dropout,
+                                             length, self_condition=False, init_std=cfg.init_std)
+            self.head = nn.Linear(D, V)
+        else:
+            self.enter, self.head = nn.Linear(D, d), nn.Linear(d, V)
+        if cfg.task == "text":
+            self.net = common.DiT(0, d, cfg.depth, cfg.heads, dropout=cfg.dropout, length=length)
         if cfg.task == "images":
             self.net = ImageTransformer(d, cfg.depth, cfg.heads, classes, cfg.dropout, length)
             common.normal_init(self, cfg.init_std)
             for block in self.net.blocks:  # time and class start without effect
                 for layer in [block.by_time] + ([block.by_label] if classes else []):
                     nn.init.zeros_(layer.weight)
-        else:
-            self.net = common.DiT(0, d, cfg.depth, cfg.heads, dropout=cfg.dropout, length=length)
         # Paper: "Gaussian initialization N(0, D^-1/2)", a variance by its own notation, which
         # makes rows of norm D^1/4 = 4; common practice (and fairseq's) is a standard deviation.
         nn.init.normal_(self.embed.weight, std=D ** (-0.5 if cfg.embed_init == "std" else -0.25))
@@ -291,13 +313,23 @@ class Denoiser(nn.Module):
         table = self.embed.weight
         return F.normalize(table, dim=-1) * self.cfg.l2_norm if self.cfg.l2_norm else table
 
-    def forward(self, z: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Logits (B, L, V) float32 from z (B, L, D), t (B,) and, by task, labels (B,)."""
-        if self.cfg.task == "images":
-            h = self.net(self.enter(z), t, y)
-        else:
-            h = self.net(self.enter(z), t)
-        return self.head(h).float()
+    def given(self, y: Tensor | None, real: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What the network sees beside z_t, a tuple of tensors of B rows, and length logits.
+
+        Nothing for text; labels y (B,); or encoder states (B, M, d) of the source y (B, M), which
+        of them, and which tokens of the target are no padding: real (B, L).
+        """
+        if self.cfg.task != "pairs":
+            return (() if y is None else (y,)), None
+        states, length_logits = self.net.encode(F.embedding(y, self.table()), y != PAD)
+        return (states, y != PAD, real), length_logits
+
+    def forward(self, z: Tensor, t: Tensor, given: tuple[Tensor, ...] = ()) -> Tensor:
+        """Logits (B, L, V) float32 from z (B, L, D), t (B,) and what `given` returned."""
+        if self.cfg.task == "pairs":
+            states, of_source, real = given
+            return self.head(self.net.decode(z, t, None, real, states, of_source)).float()
+        return self.head(self.net(self.enter(z), t, *given)).float()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -327,12 +359,13 @@ class CATDM(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None, t: Tensor, u: Tensor, eps: Tensor, eps0: Tensor
                 ) -> tuple[Tensor, Tensor]:
-        """Algorithm 1, lines 3 to 6: sums of nats over tokens, of L_0 and of the rest.
+        """Algorithm 1, lines 3 to 6: sums (3,) of L_0 and of the rest over tokens, and of the
+        length loss over sentences, in nats.
 
-        x (B, L) ids, y (B,) labels or None, t (B,), u (B, L + 3) uniform noise (dropping, its
-        ratio, s, labels), eps (B, L, D) and eps0 (n, L, D) normal noise: L_0 is taken on the first
-        n samples. All terms are sums over D. Also statistics (5, 10): by tenth of t L_DM, L_CM,
-        cross-entropy, tokens; the last row holds L_0, its tokens, L_inf.
+        x (B, L) ids, y labels (B,), sources (B, M) or None, t (B,), u (B, L + 3) uniform noise
+        (dropping, its ratio, s, labels), eps (B, L, D) and eps0 (n, L, D) normal noise: L_0 is
+        taken on the first n samples. All terms are sums over D. Also statistics (5, 10): by tenth
+        of t L_DM, L_CM, cross-entropy, tokens; the last row holds L_0, its tokens, the rest.
         """
         cfg, student, teacher = self.cfg, self.student, self.teacher
         (B, L), n, catdm = x.shape, len(eps0), self.cfg.objective == "catdm"
@@ -359,7 +392,8 @@ class CATDM(nn.Module):
         zero = torch.zeros_like(t[:n])
         a_0, sigma_0 = coefficients(zero)
         z_0 = a_0 * z[:n] + sigma_0 * eps0
-        both = torch.cat([y, y[:n]]) if y is not None else None
+        given, length_logits = student.given(y, real)
+        both = tuple(torch.cat([g, g[:n]]) for g in given)
         logits = student(torch.cat([z_t, z_0]), torch.cat([t, zero]), both)
         log_p, log_p0 = logits.log_softmax(-1).split([B, n])
         recon = -log_p0.gather(-1, x[:n, :, None])[..., 0] * real[:n]     # (n, L)
@@ -378,20 +412,25 @@ class CATDM(nn.Module):
                 a_s, sigma_s = coefficients(s)
                 z_bar = F.embedding(x, teacher.table())
                 z_s = a_s * z_bar + sigma_s / sigma_t * (z_t - a_t * z_bar)
-                log_q = teacher(z_s, s, y).log_softmax(-1)
+                log_q = teacher(z_s, s, teacher.given(y, real)[0]).log_softmax(-1)
             kl = (log_q.exp() * (log_q - log_p)).sum(-1)
         if catdm:
             rest = cfg.beta_dm * square + cfg.beta_cm * kl
         else:  # Eq. 2
             weight = diffusion_weight(t, cfg.shift)[:, None]
             rest = weight.float() * square + prior_kl(z, cfg.shift)
-        rest = (rest * real).sum()
+        rest, length = (rest * real).sum(), torch.zeros_like(rest[0, 0])
+        if length_logits is not None:  # B.3: the target's length from the encoder's output
+            difference = real.sum(1) - given[1].sum(1) + common.LENGTH_OFFSET
+            difference = difference.clamp(0, common.LENGTH_CLASSES - 1)
+            length = F.cross_entropy(length_logits, difference, reduction="sum")
 
         rows = torch.stack([square, kl, ce, torch.ones_like(ce)]).detach() * real
         tenth = (10 * t).long().clamp_max(9)
         stats = torch.zeros(4, 10, device=t.device).index_add(1, tenth, rows.sum(-1))
-        last = torch.stack([recon.sum(), real[:n].sum(), rest]).detach()
-        return torch.stack([recon.sum(), rest]), torch.cat([stats, F.pad(last, (0, 7))[None]])
+        sums = torch.stack([recon.sum(), rest, length])
+        last = torch.stack([sums[0], real[:n].sum(), rest]).detach()
+        return sums, torch.cat([stats, F.pad(last, (0, 7))[None]])
 
 
 def prior_kl(z: Tensor, shift: float) -> Tensor:
@@ -407,37 +446,39 @@ def prior_kl(z: Tensor, shift: float) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 
 
-def predict(model: Denoiser, z: Tensor, t: Tensor, y: Tensor | None, guidance: float) -> Tensor:
+def predict(model: Denoiser, z: Tensor, t: Tensor, given: tuple, guidance: float = 0.0) -> Tensor:
     """log P(x | z_t, y; t) (B, L, V), float64, guided as in Eq. 4 and normalised again.
 
     guidance 0 is the conditional model. t is a scalar.
     """
-    B = len(z)
-    if y is None or not guidance:
-        return model(z, t.float().expand(B), y).double().log_softmax(-1)
-    null = torch.full_like(y, model.classes)
-    logits = model(torch.cat([z, z]), t.float().expand(2 * B), torch.cat([y, null]))
+    t = t.float().expand(len(z))
+    if not model.classes or not guidance:
+        return model(z, t, given).double().log_softmax(-1)
+    [y] = given
+    both = torch.cat([y, torch.full_like(y, model.classes)])
+    logits = model(torch.cat([z, z]), torch.cat([t, t]), (both,))
     with_y, without = logits.double().log_softmax(-1).chunk(2)
     return ((1 + guidance) * with_y - guidance * without).log_softmax(-1)
 
 
 @torch.no_grad()
 def sample(
-    model: Denoiser, count: int, steps: int, *, y: Tensor | None = None, sampler: str = "ancestral",
-    guidance: float = 0.0, argmax: bool = False, generator: torch.Generator | None = None,
+    model: Denoiser, shape: tuple[int, int], steps: int, given: tuple = (), *,
+    sampler: str = "ancestral", guidance: float = 0.0, argmax: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Algorithm 2: yields tokens (B, L) after each of steps + 1 calls, the last is the sample.
+    """Algorithm 2: yields tokens of `shape` (B, L) after each of steps + 1 calls, the last is the
+    sample. `given` comes from Denoiser.given.
 
     ancestral draws z_s from p(z_s | z_t) of Eq. 1; ddim takes the deterministic step below Eq. 3.
     Before the last call the tokens are the most probable ones.
     """
-    device = next(model.parameters()).device
     table = model.table().double()
-    noise = dict(generator=generator, device=device)
-    z = torch.randn(count, model.length, table.shape[1], **noise)
-    clock = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
+    noise = dict(generator=generator, device=table.device)
+    z = torch.randn(*shape, table.shape[1], **noise)
+    clock = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=table.device)
     for t, s in zip(clock[:-1], clock[1:]):
-        log_p = predict(model, z, t, y, guidance)
+        log_p = predict(model, z, t, given, guidance)
         yield log_p.argmax(-1)
         z_hat = log_p.exp() @ table
         path = *signal_and_noise(t, model.cfg.shift), *signal_and_noise(s, model.cfg.shift)
@@ -447,8 +488,8 @@ def sample(
         else:
             z = ddim(z.double(), z_hat, *path)
         z = z.float()
-    log_p = predict(model, z, clock[-1], y, guidance)
-    u = torch.rand(z.shape[:2], dtype=torch.float64, **noise)
+    log_p = predict(model, z, clock[-1], given, guidance)
+    u = torch.rand(shape, dtype=torch.float64, **noise)
     yield log_p.argmax(-1) if argmax else common.sample_categorical(log_p, u=u)
 
 
@@ -469,14 +510,17 @@ def bound_terms(
     real: Tensor, autocast=contextlib.nullcontext,
 ) -> Tensor:
     """One draw of Eq. 2's three terms in nats per real token, float64: (B, 3), prior,
-    reconstruction, diffusion. x, real (B, L), t (B,), eps, eps0 (B, L, D). Nothing is dropped."""
+    reconstruction, diffusion. x, real (B, L), y as in training, t (B,), eps, eps0 (B, L, D).
+    Nothing is dropped."""
     table, shift = model.table().double(), model.cfg.shift
     z = F.embedding(x, table)
+    with autocast():
+        given, _ = model.given(y, real)
 
     def log_p(t: Tensor, eps: Tensor) -> Tensor:
         a, sigma = (c[:, None, None] for c in signal_and_noise(t, shift))
         with autocast():
-            logits = model((a * z + sigma * eps).float(), t.float(), y)
+            logits = model((a * z + sigma * eps).float(), t.float(), given)
         return logits.double().log_softmax(-1)
     recon = -log_p(torch.zeros_like(t), eps0).gather(-1, x[..., None])[..., 0]
     gap = (log_p(t, eps).exp() - F.one_hot(x, model.V)) @ table
@@ -510,7 +554,8 @@ def likelihoods(
 
 
 def evaluate(model: Denoiser, cfg: Config, data: Data, place: common.Setup) -> dict[str, dict]:
-    """The bound and its parts on cfg.split, in bits per character (byte) or nats per token."""
+    """The bound and its parts on cfg.split, in bits per character (byte) or nats per token; for
+    pairs also BLEU."""
     model.eval()
     values = likelihoods(model, eval_batches(cfg, data, place), cfg.eval_draws,
                          common.mix(cfg.seed, place.rank), pad_of(data), place.autocast)
@@ -521,9 +566,18 @@ def evaluate(model: Denoiser, cfg: Config, data: Data, place: common.Setup) -> d
     one = torch.ones_like(values)
     n, total, square = place.sum(torch.stack([one, values, values**2]).sum(1)).tolist()
     names = ("nll_bound", "prior", "reconstruction", "diffusion")
-    return {name: dict(value=b / a, stderr=math.sqrt(max(0.0, c / a - (b / a) ** 2) / a), unit=unit,
-                       draws=int(a), split=cfg.split)
-            for name, a, b, c in zip(names, n, total, square)}
+    figures = {name: dict(value=b / a, stderr=math.sqrt(max(0.0, c / a - (b / a) ** 2) / a),
+                          unit=unit, draws=int(a), split=cfg.split)
+               for name, a, b, c in zip(names, n, total, square)}
+    if isinstance(data, PairData) and place.is_main:
+        pairs = data.texts[cfg.split][: cfg.eval_sequences or None]
+        found = tqdm(translate(model, [a for a, _ in pairs], data, cfg, place), "translate",
+                     len(pairs), leave=False, mininterval=0.2 if sys.stderr.isatty() else 10)
+        rows = [row | {"reference": b} for row, (_, b) in zip(found, pairs)]
+        with open(Path(cfg.out) / "translations.jsonl", "w") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        figures |= score_translations(rows)
+    return figures
 
 
 # ---------------------------------------------------------------------------------------------
@@ -550,49 +604,66 @@ def pad_of(data: Data) -> int | None:
 
 def eval_batches(cfg: Config, data: Data, place: common.Setup
                  ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(x (b, L), y (b,) or None) of cfg.split, at most eval_sequences, this rank's share."""
+    """(x, y) of cfg.split as in training, at most eval_sequences, this rank's share."""
     batch = max(1, min(cfg.micro_batch, 16384 // data.length or 1))
-    limit, labels = cfg.eval_sequences or None, None
-    rows = data
-    if isinstance(data, ImageTokens):  # rows of ids, their labels in the last column
-        x, labels = (kept.get(cfg.split) for kept in (data.splits, data.labels))
-        if labels is not None:
-            x = np.concatenate([x, labels[:, None]], 1)
-        rows = TextData(data.name, max(data.vocab_size, len(data.classes)), x.shape[1], "token",
-                        {cfg.split: x}, codec=None)
+    limit, width = cfg.eval_sequences or None, data.length
+    rows, y = data, None
+    if isinstance(data, PairData):
+        pairs = [[data.encode(text)[:width] for text in pair] for pair in data.texts[cfg.split]]
+        y, x = (Sentences.join(side).rows(np.arange(len(pairs)), most=width) for side in zip(*pairs))
+    elif isinstance(data, ImageTokens):
+        x, y = data.splits[cfg.split], data.labels[cfg.split]
+    if rows is not data or not isinstance(data, TextData):  # x and y side by side
+        width = x.shape[1]
+        x = x if y is None else np.concatenate([x, y.reshape(len(y), -1)], 1)
+        rows = TextData(data.name, 2**31, x.shape[1], "token", {cfg.split: x}, codec=None)
     total = math.ceil(min(limit or 10**12, rows.num_sequences(cfg.split)) / batch / place.world)
     for x in tqdm(rows.eval_batches(cfg.split, batch, limit, place.rank, place.world),
                   f"evaluate {cfg.split}", total, disable=not place.is_main, leave=False,
                   mininterval=0.2 if sys.stderr.isatty() else 10):
-        x = torch.from_numpy(x).to(place.device)
-        yield (x, None) if labels is None else (x[:, :-1], x[:, -1])
+        x, given = torch.from_numpy(x).to(place.device).tensor_split([width], 1)
+        yield x, None if y is None else given.squeeze(1) if y.ndim == 1 else given
 
 
-def load_noise(cfg: Config, data: Data, step: int, index: Tensor, place: common.Setup):
-    """Everything random about the samples `index` of a step: (x, y, t, u, eps, eps0)."""
-    args, y = (cfg.seed, step, cfg.batch_size, index.numpy()), None
-    if isinstance(data, ImageTokens):
-        rows = data.train_rows(*args)
-        x = data.splits["train"][rows].astype(np.int64)
-        y = data.labels["train"][rows] if data.classes else None
-    elif isinstance(data, PairData):
-        y, x = data.train_batch(*args)
+def load_step(cfg: Config, data: Data, step: int, place: common.Setup) -> list[tuple]:
+    """This rank's micro-batches of a step, with everything random: (x, y, t, u, eps, eps0)."""
+    if isinstance(data, PairData):  # as many sentences as the step's tokens allow
+        y, x = data.train_batch(cfg.seed, step, cfg.batch_tokens)
+        n, parts = len(x), math.ceil(len(x) / (cfg.micro_batch * place.world))
+        indices = [torch.arange(k * place.world + place.rank, n, parts * place.world)
+                   for k in range(parts)]
     else:
-        x = data.train_batch(*args)
-    x, y = (a if a is None else torch.from_numpy(a) for a in (x, y))
-    if place.device.type == "cuda":
-        x, y = (a if a is None else a.pin_memory() for a in (x, y))
-    x, y, rows = (a if a is None else a.to(place.device, non_blocking=True) for a in (x, y, index))
+        n, indices = cfg.batch_size, common.micro_batches(cfg.batch_size, cfg.micro_batch, place)
     shift = np.random.default_rng(common.mix(cfg.seed, step, 1)).random()
-    t = common.low_discrepancy_t(rows, cfg.batch_size, shift, t_min=0.0)
-    # u is small: every rank draws the global batch's and takes its rows; eps is not.
-    generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, step))
-    u = torch.rand(cfg.batch_size, x.shape[1] + 3, generator=generator, device=place.device)[rows]
-    shape = (x.shape[1], cfg.embed_dim)
-    eps = common.sample_normal(cfg.seed, step, index, shape, place.device)
-    first = index[index < math.ceil(cfg.recon_share * cfg.batch_size)]
-    eps0 = common.sample_normal(common.mix(cfg.seed, 3), step, first, shape, place.device)
-    return x, y, t, u, eps, eps0
+    generator, u = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, step)), None
+    batches = []
+    for index in indices:
+        part = cfg.seed, step, n, index.numpy()
+        if isinstance(data, PairData):
+            ids, given = x[index], y[index]
+        elif isinstance(data, ImageTokens):
+            rows = data.train_rows(*part)
+            ids = data.splits["train"][rows].astype(np.int64)
+            given = data.labels["train"][rows] if data.classes else None
+        else:
+            ids, given = data.train_batch(*part), None
+        if u is None:  # small: every rank draws the global batch's and takes its rows; eps is not
+            u = torch.rand(n, ids.shape[1] + 3, generator=generator, device=place.device)
+
+        def put(array):
+            if isinstance(array, np.ndarray):
+                array = torch.from_numpy(array)
+            if array is not None and place.device.type == "cuda":
+                array = array.pin_memory()
+            return array if array is None else array.to(place.device, non_blocking=True)
+        rows = put(index)
+        t = common.low_discrepancy_t(rows, n, shift, t_min=0.0)
+        shape = (ids.shape[1], cfg.embed_dim)
+        eps = common.sample_normal(cfg.seed, step, index, shape, place.device)
+        first = index[index < math.ceil(cfg.recon_share * n)]
+        eps0 = common.sample_normal(common.mix(cfg.seed, 3), step, first, shape, place.device)
+        batches.append((put(ids), put(given), t, u[rows], eps, eps0))
+    return batches
 
 
 # ---------------------------------------------------------------------------------------------
@@ -606,19 +677,18 @@ def train_step(net, model: CATDM, optimizer, ema, cfg: Config, step: int, batche
         group["lr"] = common.learning_rate(step, cfg.lr, cfg.warmup, cfg.lr_schedule, cfg.steps)
     # Divide by the real tokens of the global batch, in L_0 by those of its samples; DDP averages
     # gradients, hence `world`.
-    tokens = torch.zeros(2, device=place.device)
+    counts = torch.zeros(3, device=place.device)  # tokens in L_0, tokens, sentences
     for x, *_, eps0 in batches:
-        real = (x != model.pad).sum(1) if model.pad is not None else x.new_full((len(x),),
-                                                                               x.shape[1])
-        tokens += torch.stack([real[: len(eps0)].sum(), real.sum()])
-    tokens = place.sum(tokens)
+        real = (x != (-1 if model.pad is None else model.pad)).sum(1).float()
+        counts += torch.stack([real[: len(eps0)].sum(), real.sum(), torch.ones_like(real).sum()])
+    weights = counts.new_tensor([1, 1, cfg.length_weight]) / place.sum(counts)
     stats = torch.zeros(5, 10, device=place.device)
     for k, batch in enumerate(batches):
         last = k == len(batches) - 1
         with contextlib.nullcontext() if last or place.world == 1 else net.no_sync():
             with place.autocast():
                 sums, part = net(*batch)
-            ((sums / tokens).sum() * place.world).backward()
+            ((sums * weights).sum() * place.world).backward()
         stats += part
     nn.utils.clip_grad_norm_(model.student.parameters(), cfg.clip, foreach=True)
     optimizer.step()
@@ -664,7 +734,6 @@ def train(cfg: Config, place: common.Setup) -> None:
     out, checkpoint = Path(cfg.out), Path(cfg.out) / "checkpoint.pt"
     data = load(cfg)
     model, net, optimizer, ema = build(cfg, data, place)
-    parts = common.micro_batches(cfg.batch_size, cfg.micro_batch, place)
     step, seconds, resumed = 0, 0.0, checkpoint.exists() and not cfg.overwrite
     if resumed:
         state = common.read_checkpoint(checkpoint, "catdm", place.device)
@@ -707,7 +776,7 @@ def train(cfg: Config, place: common.Setup) -> None:
     stats, logged, clock, first = torch.zeros(5, 10, device=place.device), step, time.time(), True
     finished = False
     while step < cfg.steps and not finished:
-        batches = [load_noise(cfg, data, step, index, place) for index in parts]
+        batches = load_step(cfg, data, step, place)
         stats += train_step(net, model, optimizer, ema, cfg, step, batches, place)
         step += 1
         if first:  # compilation is not training time
@@ -738,8 +807,9 @@ def train(cfg: Config, place: common.Setup) -> None:
             use = common.utilisation(rate * flops_per_token(model), place)
             norms = model.student.table().detach().float().norm(dim=-1)
             record = dict(
-                step=step, loss=loss, L_0=recon / recon_tokens, L_DM=sum(dm) / n, L_CM=sum(kl) / n,
-                ce=sum(ce) / n, ce_by_t=[round(c / m, 4) if m else None for c, m in zip(ce, tokens)],
+                step=step, loss=loss, L_0=recon / recon_tokens, L_DM=sum(dm) / n,
+                L_CM=sum(kl) / n, ce=sum(ce) / n,
+                ce_by_t=[round(c / m, 4) if m else None for c, m in zip(ce, tokens)],
                 embedding_norm=round(norms.mean().item(), 4),
                 lr=optimizer.param_groups[0]["lr"], tokens_per_s=round(rate),
                 mfu=use and round(use, 4), seconds=round(seconds + now - clock, 2))
@@ -784,7 +854,8 @@ def report(model: Denoiser, ema, cfg: Config, data: Data, place, step: int, seco
 
 def print_figures(figures: dict[str, dict]) -> None:
     for name, f in figures.items():
-        print(f"{name:16s} {f['value']:.4f} ± {f['stderr']:.4f} {f['unit']}")
+        error = f" ± {f['stderr']:.4f}" if "stderr" in f else ""
+        print(f"{name:16s} {f['value']:.4f}{error} {f['unit']}")
 
 
 def name_of(cfg: Config) -> str:
@@ -797,6 +868,38 @@ def name_of(cfg: Config) -> str:
 # ---------------------------------------------------------------------------------------------
 # Samples
 # ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def translate(model: Denoiser, sources: list[str], data: PairData, cfg: Config,
+              place: common.Setup) -> Iterator[dict]:
+    """Yields one {"source", "text"} per source, in order.
+
+    length_beam lengths around the most probable one, noise_beam noises for each, the best by
+    minimum Bayes risk: Difformer's decoding. The paper does not tell CATDM's own.
+    """
+    model.eval()
+    generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, 98))
+    beams = cfg.length_beam * cfg.noise_beam
+    for begin in range(0, len(sources), cfg.sample_batch):
+        batch = sources[begin:begin + cfg.sample_batch]
+        y = Sentences.join([data.encode(text)[:data.length] for text in batch])
+        y = torch.from_numpy(y.rows(np.arange(len(batch)), most=data.length)).to(place.device)
+        with place.autocast():
+            _, length = model.given(y, y != PAD)
+            best = length.argmax(-1) - common.LENGTH_OFFSET + (y != PAD).sum(1)        # (b,)
+            around = torch.arange(cfg.length_beam, device=place.device) - cfg.length_beam // 2
+            lengths = (best[:, None] + around).clamp(3, data.length)
+            lengths = lengths.repeat_interleave(cfg.noise_beam, 1).view(-1, 1)  # (b * beams, 1)
+            real = torch.arange(int(lengths.max()), device=place.device) < lengths
+            given, _ = model.given(y.repeat_interleave(beams, 0), real)
+            for x in sample(model, real.shape, cfg.sample_steps, given, sampler=cfg.sampler,
+                            argmax=cfg.argmax, generator=generator):
+                pass
+        x = torch.where(real, x, PAD).view(len(batch), beams, -1).tolist()
+        for text, candidates in zip(batch, x):
+            candidates = [[i for i in c if i != PAD] for c in candidates]
+            yield dict(source=text, text=data.decode(candidates[choose(candidates)][1:]))
 
 
 def draw_samples(model: Denoiser, cfg: Config, data: Data, place: common.Setup, guidance: float
@@ -812,14 +915,16 @@ def draw_samples(model: Denoiser, cfg: Config, data: Data, place: common.Setup, 
         if cfg.label:
             y.fill_(data.classes.index(cfg.label))
     found = []
+    if cfg.label and not model.classes:
+        raise RunError("--label: this model has no classes")
     bar = tqdm(total=math.ceil(cfg.samples / cfg.sample_batch) * (cfg.sample_steps + 1),
                desc="sample", unit="step", leave=False,
                mininterval=0.2 if sys.stderr.isatty() else 10)
     for begin in range(0, cfg.samples, cfg.sample_batch):
-        part = None if y is None else y[begin:begin + cfg.sample_batch].to(place.device)
         n = min(cfg.sample_batch, cfg.samples - begin)
+        given = () if y is None else (y[begin:begin + n].to(place.device),)
         with place.autocast():
-            for x in sample(model, n, cfg.sample_steps, y=part, sampler=cfg.sampler,
+            for x in sample(model, (n, model.length), cfg.sample_steps, given, sampler=cfg.sampler,
                             guidance=guidance, argmax=cfg.argmax, generator=generator):
                 bar.update()
         found.append(x.cpu())
@@ -830,9 +935,17 @@ def draw_samples(model: Denoiser, cfg: Config, data: Data, place: common.Setup, 
 
 def show_samples(model: Denoiser, cfg: Config, data: Data, place, result: dict | None = None
                  ) -> None:
-    """Text: print samples and write samples.jsonl. Images: samples.png and samples.npz; after
+    """Text: print samples and write samples.jsonl; translations: print. Images: samples.png and samples.npz; after
     training (`result` given) at guidance 0, 1 and 2, with the accuracy of a classifier."""
     out = Path(cfg.out)
+    if cfg.task == "pairs":
+        sources = [a for a, _ in data.texts.get(cfg.split, [])[: cfg.samples]]
+        if cfg.source:
+            file = Path(cfg.source)
+            sources = read_lines(file) if len(cfg.source) < 256 and file.is_file() else [cfg.source]
+        for row in translate(model, sources, data, cfg, place):
+            print(f"{row['source']}\n  -> {row['text']}")
+        return
     if cfg.task == "text":
         rows = [dict(text=data.decode(ids), ids=ids)
                 for ids in draw_samples(model, cfg, data, place, 0.0)[0].tolist()]
@@ -907,7 +1020,8 @@ def load_run(cfg: Config, place: common.Setup) -> tuple[Denoiser, Data, int]:
     checkpoint = Path(cfg.out) / "checkpoint.pt"
     state = common.read_checkpoint(checkpoint, "catdm", place.device)
     kinds = dict(images=ImageTokens, text=TextData, pairs=PairData)
-    data = kinds[cfg.task].from_tokenizer(state["tokenizer"]) if cfg.mode == "sample" else load(cfg)
+    alone = cfg.mode == "sample" and (cfg.task != "pairs" or cfg.source)
+    data = kinds[cfg.task].from_tokenizer(state["tokenizer"]) if alone else load(cfg)
     model = Denoiser(cfg, data.vocab_size, data.length, len(getattr(data, "classes", ())))
     common.load_weights(model.to(place.device), state["ema"]["params"], checkpoint)
     return model, data, state["step"]
@@ -935,17 +1049,16 @@ def probe(out: str, flags: list[str]) -> dict:
     model.eval()
     cfg.eval_sequences = 64
     batches = list(eval_batches(cfg, data, place))
-    x = torch.cat([x for x, _ in batches])
-    y = torch.cat([y for _, y in batches]) if batches[0][1] is not None else None
+    x, y = (None if a[0] is None else torch.cat(a) for a in zip(*batches))
     real = x != pad_of(data) if pad_of(data) is not None else torch.ones_like(x, dtype=torch.bool)
     times = (torch.arange(25, dtype=torch.float64, device=x.device) + 0.5) / 25
     signal, sigma = signal_and_noise(times, cfg.shift)
     generator = torch.Generator(x.device).manual_seed(common.mix(cfg.seed, 55))
-    z, ce = F.embedding(x, model.table().float()), []
+    z, ce, (given, _) = F.embedding(x, model.table().float()), [], model.given(y, real)
     for t, a, b in zip(times, signal.float(), sigma.float()):
         noise = torch.randn(z.shape, generator=generator, device=x.device)
         with place.autocast():
-            log_p = predict(model, a * z + b * noise, t, y, 0.0)
+            log_p = predict(model, a * z + b * noise, t, given)
         ce.append(-log_p.gather(-1, x[..., None])[..., 0][real].mean())
     kept = dict(embeddings=model.table(), times=times, cross_entropy=torch.stack(ce),
                 signal=signal, sigma=sigma, tokens=x)
@@ -969,14 +1082,13 @@ def bench(cfg: Config, place: common.Setup) -> None:
         tokens = rng.integers(0, 27, (cfg.batch_size * 4, cfg.length))
         data = TextData(cfg.dataset, 27, cfg.length, "token", {"train": tokens}, codec=None)
     model, net, optimizer, ema = build(cfg, data, place)
-    [index] = common.micro_batches(cfg.batch_size, cfg.micro_batch, place)
     on_cuda, begin = place.device.type == "cuda", time.time()
     for step in range(cfg.bench_steps + 5):
         if step == 5:
             on_cuda and torch.cuda.synchronize()
             warm, begin = time.time() - begin, time.time()
-        batch = load_noise(cfg, data, step, index, place)
-        train_step(net, model, optimizer, ema, cfg, step, [batch], place)
+        batches = load_step(cfg, data, step, place)
+        train_step(net, model, optimizer, ema, cfg, step, batches, place)
     on_cuda and torch.cuda.synchronize()
     seconds = (time.time() - begin) / cfg.bench_steps
     rate = cfg.batch_size * data.length / seconds

@@ -1161,6 +1161,23 @@ def score_translations(rows: Sequence[dict]) -> dict[str, dict]:
         "bleu": dict(value=100 * bleu(texts, [[r] for r in references]), unit="lower case, 13a")}
 
 
+def choose(candidates: Sequence[Sequence[int]]) -> int:
+    """Minimum Bayes risk: which candidate (token ids) has the best mean sentence BLEU with the
+    others. Paper: or by an autoregressive model's likelihood, as its published scripts do."""
+    several = Counter(map(tuple, candidates))
+    if len(several) == 1:
+        return 0
+    counts = {c: ngrams(c) for c in several}
+
+    def similar(c: tuple, o: tuple) -> float:
+        hits = [sum(min(k, b[g]) for g, k in a.items()) for a, b in zip(counts[c], counts[o])]
+        totals = [max(0, len(c) - n) for n in range(4)]
+        return bleu_of_counts(hits, totals, len(c), len(o), smooth=True)
+
+    value = {c: sum((n - (o == c)) * similar(c, o) for o, n in several.items()) for c in several}
+    return list(map(tuple, candidates)).index(max(value, key=value.get))
+
+
 # ---------------------------------------------------------------- images as tokens
 
 
