@@ -17,7 +17,7 @@ Consistency-Matching Diffusion"), appendix B is CATDM's ("Consistency matching .
   network     f(z_t; t) -> logits of x             section 3.2  Denoiser
   loss        L_0 + .005 L_DM + L_CM               section 4.2  CATDM.forward
   sampler     ancestral or DDIM, then x ~ P(x|z_0) Algorithm 2  sample
-  likelihood  prior + reconstruction + diffusion   Eq. 2        bound_terms
+  likelihood  prior, reconstruction and diffusion  Eq. 2        bound_terms
 
 Time runs from t = 0 (clean) to t = 1 (noise).
 """
@@ -129,6 +129,9 @@ class Config(common.RunConfig):
     sample_batch: int = arg(64, "samples drawn at once", 1, 10**6)
     # Evaluation
     split: str = arg("valid", "split to evaluate", choices=("train", "valid", "test"))
+    bound_end: float = arg(100.0, "log-SNR, before the shift, where the bound's diffusion ends and "
+                           "x is decoded; above 15: the best of BOUND_ENDS on training data",
+                           -15, 100)
     eval_draws: int = arg(4, "draws of (t, z_t, z_0) per sequence", 1, 10**6)
     eval_sequences: int = arg(0, "sequences to evaluate; 0: the whole split", 0, 10**9)
     bench_steps: int = arg(20, "timed steps of --mode bench", 1, 10**6)
@@ -504,15 +507,27 @@ def ddim(z_t: Tensor, z_0: Tensor, a_t: Tensor, sigma_t: Tensor, a_s: Tensor, si
 # ---------------------------------------------------------------------------------------------
 
 
+BOUND_ENDS = (LOGSNR, 8.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.0)
+
+
+def time_of(unshifted: float) -> float:
+    """The t at which -2 ln tan(pi t / 2) is `unshifted`."""
+    return 2 / math.pi * math.atan(math.exp(-unshifted / 2))
+
+
 @torch.no_grad()
 def bound_terms(
-    model: Denoiser, x: Tensor, y: Tensor | None, t: Tensor, eps: Tensor, eps0: Tensor,
-    real: Tensor, autocast=contextlib.nullcontext,
+    model: Denoiser, x: Tensor, y: Tensor | None, u: Tensor, eps: Tensor, eps0: Tensor,
+    real: Tensor, end: float = LOGSNR, autocast=contextlib.nullcontext,
 ) -> Tensor:
     """One draw of Eq. 2's three terms in nats per real token, float64: (B, 3), prior,
-    reconstruction, diffusion. x, real (B, L), y as in training, t (B,), eps, eps0 (B, L, D).
-    Nothing is dropped."""
-    table, shift = model.table().double(), model.cfg.shift
+    reconstruction, diffusion. Nothing is dropped.
+
+    x, real (B, L), y as in training, u (B,) uniform, eps, eps0 (B, L, D) normal. The diffusion
+    may end at any t_0 > 0, where x is decoded from z_t0: the bound holds for any schedule's ends.
+    It matters: the weight e^logsnr charges a doubt of 1e-3 at logsnr 14 with nats.
+    """
+    table, shift, t_0 = model.table().double(), model.cfg.shift, time_of(end)
     z = F.embedding(x, table)
     with autocast():
         given, _ = model.given(y, real)
@@ -522,22 +537,23 @@ def bound_terms(
         with autocast():
             logits = model((a * z + sigma * eps).float(), t.float(), given)
         return logits.double().log_softmax(-1)
-    recon = -log_p(torch.zeros_like(t), eps0).gather(-1, x[..., None])[..., 0]
+    t = t_0 + (1 - t_0) * u.double()
+    at_end = torch.full_like(t, t_0 if end < LOGSNR else 0.0)
+    recon = -log_p(at_end, eps0).gather(-1, x[..., None])[..., 0]
     gap = (log_p(t, eps).exp() - F.one_hot(x, model.V)) @ table
-    diffusion = diffusion_weight(t, shift)[:, None] * gap.square().sum(-1)
+    diffusion = (1 - t_0) * diffusion_weight(t, shift)[:, None] * gap.square().sum(-1)
     terms = torch.stack([prior_kl(z, shift), recon, diffusion], -1)       # (B, L, 3)
     return (terms * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
 
 def likelihoods(
     model: Denoiser, batches: Iterator[tuple[Tensor, Tensor | None]], draws: int, seed: int,
-    pad: int | None = None, autocast=contextlib.nullcontext,
+    pad: int | None = None, end: float = LOGSNR, autocast=contextlib.nullcontext,
 ) -> Tensor:
     """bound_terms of every sequence and draw: (n, 3), n = sequences x draws.
 
-    Each row's sum is an estimate of a bound on -log p(x), or p(x | y), valid for any schedule's
-    ends. Times are low-discrepancy across the batch and across a sequence's draws, so the naive
-    standard error is on the safe side.
+    Each row's sum is an estimate of a bound on -log p(x), or p(x | y). Times are low-discrepancy
+    across the batch and across a sequence's draws, so the naive standard error is on the safe side.
     """
     rows = []
     for number, (x, y) in enumerate(batches):
@@ -547,18 +563,29 @@ def likelihoods(
         place = torch.randperm(len(x), **noise)
         real = x != pad if pad is not None else torch.ones_like(x, dtype=torch.bool)
         for draw in range(draws):
-            t = common.low_discrepancy_t(draw * len(x) + place, len(x) * draws, shift, 0.0)
+            u = common.low_discrepancy_t(draw * len(x) + place, len(x) * draws, shift, 0.0)
             eps, eps0 = torch.randn(2, *x.shape, model.cfg.embed_dim, **noise)
-            rows.append(bound_terms(model, x, y, t, eps, eps0, real, autocast))
+            rows.append(bound_terms(model, x, y, u, eps, eps0, real, end, autocast))
     return torch.cat(rows)
 
 
 def evaluate(model: Denoiser, cfg: Config, data: Data, place: common.Setup) -> dict[str, dict]:
     """The bound and its parts on cfg.split, in bits per character (byte) or nats per token; for
     pairs also BLEU."""
+    quiet = 0.2 if sys.stderr.isatty() else 10
+
+    def terms(end: float, split: str, limit: int, seed: int) -> Tensor:
+        part = dataclasses.replace(cfg, split=split, eval_sequences=limit)
+        batches = tqdm(eval_batches(part, data, place), f"evaluate {split}", leave=False,
+                       disable=not place.is_main or split != cfg.split, mininterval=quiet)
+        return likelihoods(model, batches, cfg.eval_draws, seed, pad_of(data), end, place.autocast)
+
     model.eval()
-    values = likelihoods(model, eval_batches(cfg, data, place), cfg.eval_draws,
-                         common.mix(cfg.seed, place.rank), pad_of(data), place.autocast)
+    end = cfg.bound_end
+    if end > LOGSNR:
+        sums = [place.sum(terms(e, "train", 128, cfg.seed).sum()) for e in BOUND_ENDS]
+        end = BOUND_ENDS[int(torch.stack(sums).argmin())]
+    values = terms(end, cfg.split, cfg.eval_sequences, common.mix(cfg.seed, place.rank))
     model.train()
     unit = getattr(data, "unit", "token")
     scale, unit = (1.0, "nats/token") if unit == "token" else (1 / math.log(2), f"bits/{unit}")
@@ -567,12 +594,12 @@ def evaluate(model: Denoiser, cfg: Config, data: Data, place: common.Setup) -> d
     n, total, square = place.sum(torch.stack([one, values, values**2]).sum(1)).tolist()
     names = ("nll_bound", "prior", "reconstruction", "diffusion")
     figures = {name: dict(value=b / a, stderr=math.sqrt(max(0.0, c / a - (b / a) ** 2) / a),
-                          unit=unit, draws=int(a), split=cfg.split)
+                          unit=unit, draws=int(a), split=cfg.split, end=end)
                for name, a, b, c in zip(names, n, total, square)}
     if isinstance(data, PairData) and place.is_main:
         pairs = data.texts[cfg.split][: cfg.eval_sequences or None]
         found = tqdm(translate(model, [a for a, _ in pairs], data, cfg, place), "translate",
-                     len(pairs), leave=False, mininterval=0.2 if sys.stderr.isatty() else 10)
+                     len(pairs), leave=False, mininterval=quiet)
         rows = [row | {"reference": b} for row, (_, b) in zip(found, pairs)]
         with open(Path(cfg.out) / "translations.jsonl", "w") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -606,23 +633,22 @@ def eval_batches(cfg: Config, data: Data, place: common.Setup
                  ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """(x, y) of cfg.split as in training, at most eval_sequences, this rank's share."""
     batch = max(1, min(cfg.micro_batch, 16384 // data.length or 1))
-    limit, width = cfg.eval_sequences or None, data.length
-    rows, y = data, None
-    if isinstance(data, PairData):
-        pairs = [[data.encode(text)[:width] for text in pair] for pair in data.texts[cfg.split]]
-        y, x = (Sentences.join(side).rows(np.arange(len(pairs)), most=width) for side in zip(*pairs))
-    elif isinstance(data, ImageTokens):
-        x, y = data.splits[cfg.split], data.labels[cfg.split]
-    if rows is not data or not isinstance(data, TextData):  # x and y side by side
-        width = x.shape[1]
-        x = x if y is None else np.concatenate([x, y.reshape(len(y), -1)], 1)
-        rows = TextData(data.name, 2**31, x.shape[1], "token", {cfg.split: x}, codec=None)
-    total = math.ceil(min(limit or 10**12, rows.num_sequences(cfg.split)) / batch / place.world)
-    for x in tqdm(rows.eval_batches(cfg.split, batch, limit, place.rank, place.world),
-                  f"evaluate {cfg.split}", total, disable=not place.is_main, leave=False,
-                  mininterval=0.2 if sys.stderr.isatty() else 10):
-        x, given = torch.from_numpy(x).to(place.device).tensor_split([width], 1)
-        yield x, None if y is None else given.squeeze(1) if y.ndim == 1 else given
+    y, rows = None, data
+    if not isinstance(data, TextData):  # x and y side by side
+        if isinstance(data, PairData):
+            pairs = [[data.encode(text)[:data.length] for text in p] for p in data.texts[cfg.split]]
+            y, x = (Sentences.join(side).rows(np.arange(len(pairs)), most=data.length)
+                    for side in zip(*pairs))
+        else:
+            x, y = data.splits[cfg.split], data.labels[cfg.split]
+        both = x if y is None else np.concatenate([x, y.reshape(len(y), -1)], 1)
+        rows = TextData(data.name, 2**31, both.shape[1], "token", {cfg.split: both}, codec=None)
+    for ids in rows.eval_batches(cfg.split, batch, cfg.eval_sequences or None, place.rank,
+                                 place.world):
+        ids = torch.from_numpy(ids).to(place.device)
+        given = None if y is None else ids[:, x.shape[1]:].squeeze(1) if y.ndim == 1 else (
+            ids[:, x.shape[1]:])
+        yield ids if y is None else ids[:, : x.shape[1]], given
 
 
 def load_step(cfg: Config, data: Data, step: int, place: common.Setup) -> list[tuple]:
@@ -935,8 +961,9 @@ def draw_samples(model: Denoiser, cfg: Config, data: Data, place: common.Setup, 
 
 def show_samples(model: Denoiser, cfg: Config, data: Data, place, result: dict | None = None
                  ) -> None:
-    """Text: print samples and write samples.jsonl; translations: print. Images: samples.png and samples.npz; after
-    training (`result` given) at guidance 0, 1 and 2, with the accuracy of a classifier."""
+    """Text: print samples and write samples.jsonl; translations: print. Images: samples.png and
+    samples.npz; after training (`result` given) at guidance 0, 1 and 2, with the accuracy of a
+    classifier."""
     out = Path(cfg.out)
     if cfg.task == "pairs":
         sources = [a for a, _ in data.texts.get(cfg.split, [])[: cfg.samples]]
@@ -1041,29 +1068,34 @@ def score(out: str, flags: list[str]) -> dict:
                 length=data.length, figures=evaluate(model, cfg, data, place))
 
 
+PROBE_TIMES = (np.arange(25) + 0.5) / 25
+
+
 @torch.no_grad()
 def probe(out: str, flags: list[str]) -> dict:
-    """Embeddings and the cross-entropy as a function of t (Figure 1 and 5): what eval.py collapse
-    asks for. Nothing is dropped; at most 64 sequences of the split; a fixed seed."""
-    cfg, place, model, data, _ = open_run(out, flags)
+    """What `eval.py collapse` asks: the embeddings (V, D), and at times (n,) the cross_entropy (n,)
+    in nats per token given z_t (Figure 1 and 5), nothing dropped, with the same noise at all
+    times; signal (n,) and sigma (n,) of z_t; tokens (at most 500, L) of the split."""
+    cfg, place, model, data, _ = open_run(out, ["--eval_sequences", "500", *flags])
     model.eval()
-    cfg.eval_sequences = 64
-    batches = list(eval_batches(cfg, data, place))
-    x, y = (None if a[0] is None else torch.cat(a) for a in zip(*batches))
-    real = x != pad_of(data) if pad_of(data) is not None else torch.ones_like(x, dtype=torch.bool)
-    times = (torch.arange(25, dtype=torch.float64, device=x.device) + 0.5) / 25
-    signal, sigma = signal_and_noise(times, cfg.shift)
-    generator = torch.Generator(x.device).manual_seed(common.mix(cfg.seed, 55))
-    z, ce, (given, _) = F.embedding(x, model.table().float()), [], model.given(y, real)
-    for t, a, b in zip(times, signal.float(), sigma.float()):
-        noise = torch.randn(z.shape, generator=generator, device=x.device)
+    table, tokens, nll, count = model.table().float(), [], np.zeros(len(PROBE_TIMES)), 0.0
+    signal, sigma = signal_and_noise(torch.from_numpy(PROBE_TIMES), cfg.shift)
+    for number, (x, y) in enumerate(eval_batches(cfg, data, place)):
+        generator = torch.Generator(x.device).manual_seed(common.mix(cfg.seed, 78, number))
+        z = F.embedding(x, table)
+        eps = torch.randn(z.shape, generator=generator, device=x.device)
+        real = x != (-1 if pad_of(data) is None else pad_of(data))
         with place.autocast():
-            log_p = predict(model, a * z + b * noise, t, given)
-        ce.append(-log_p.gather(-1, x[..., None])[..., 0][real].mean())
-    kept = dict(embeddings=model.table(), times=times, cross_entropy=torch.stack(ce),
-                signal=signal, sigma=sigma, tokens=x)
-    return {name: v.detach().cpu().numpy() for name, v in kept.items()} | dict(
-        method=name_of(cfg), name=Path(out).name)
+            given, _ = model.given(y, real)
+            for k, t in enumerate(PROBE_TIMES):
+                z_t = float(signal[k]) * z + float(sigma[k]) * eps
+                log_p = predict(model, z_t, torch.tensor(t, device=x.device), given)
+                nll[k] -= log_p.gather(-1, x[..., None])[..., 0][real].sum().item()
+        count += real.sum().item()
+        tokens.append(x.cpu())
+    return dict(name=name_of(cfg), method="catdm", times=PROBE_TIMES, cross_entropy=nll / count,
+                signal=signal, sigma=sigma, embeddings=table.detach().cpu(),
+                tokens=None if cfg.task == "pairs" else torch.cat(tokens))
 
 
 def bench(cfg: Config, place: common.Setup) -> None:
