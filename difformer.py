@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 import common
 from common import RunError, arg
-from data import (PAD, PairData, Sentences, bleu_of_counts, load_pairs, ngrams, read_lines,
-                  score_translations)
+from data import (PAD, PAIR_SETS, PairData, Sentences, bleu_of_counts, load_pairs, ngrams,
+                  read_lines, score_translations)
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -54,10 +54,12 @@ class Config(common.RunConfig):
     mode: str = arg("train", "what to do; sample translates, dgs searches F",
                     choices=("train", "sample", "eval", "bench", "dgs"))
     dataset: str = arg("numbers", "pairs of sentences; files: those of --train",
-                       choices=("numbers", "multi30k", "files"), fixed=True)
+                       choices=("numbers", *PAIR_SETS, "files"), fixed=True)
     train: tuple = arg((), "two files, line i of one translates line i of the other", fixed=True)
     valid: tuple = arg((), "the same for validation; none: held out of --train", fixed=True)
     test: tuple = arg((), "the same for testing; none: the valid pairs", fixed=True)
+    distilled: str = arg("", "file whose line i replaces training target i", fixed=True)
+    lower: bool = arg(False, "lower-case both sides", fixed=True)
     max_number: int = arg(9999, "numbers: the largest", 20, 999_999, fixed=True)
     max_length: int = arg(256, "most tokens of a sentence", 4, 4096, fixed=True)
     vocab: int = arg(10_000, "tokens of the joint byte-pair encoding", 260, 10**6, fixed=True)
@@ -98,7 +100,7 @@ class Config(common.RunConfig):
     beta2: float = arg(0.98, "AdamW beta2 (beta1 is .9)", 0, 0.999999, fixed=True)
     weight_decay: float = arg(0.01, "AdamW weight decay", 0, 10, fixed=True)
     clip: float = arg(1.0, "gradient norm", 1e-6, 1e6, fixed=True)
-    # Paper: none; the average of the five best checkpoints. An EMA averages without choosing.
+    # Paper: none, but the average of the five best checkpoints. An EMA averages without choosing.
     ema: float = arg(0.999, "EMA decay", 0, 1, fixed=True)
     # Decoding
     K: int = arg(20, "decoding steps of the T", 1, 10**6)
@@ -120,12 +122,23 @@ class Config(common.RunConfig):
 
 
 _IWSLT = dict(ffn=1024, heads=4, dropout=0.3, batch_tokens=8192)  # transformer-iwslt-de-en
-PRESETS: dict[str, dict] = {
+_WIDE = dict(dim=768, ffn=3072, heads=12)  # as DiffuSeq
+PRESETS: dict[str, dict] = {  # Table 21, but for the first two
     # two CPU cores, under four minutes
     "numbers": dict(vocab=400, max_length=32, embed_dim=64, dim=128, ffn=256, depth=2, heads=4,
-                    dropout=0.0, init_std=0.0, embed_std=0.1, batch_tokens=1024, steps=1000, lr=1e-3, warmup=200, lr_schedule="cosine", ema=0.99, log_every=50,
+                    dropout=0.0, init_std=0.0, embed_std=0.1, batch_tokens=1024, steps=1000,
+                    lr=1e-3, warmup=200, lr_schedule="cosine", ema=0.99, log_every=50,
                     save_every=500),
-    "multi30k": dict(_IWSLT, max_length=128, steps=30_000, warmup=4000, sample_batch=500),
+    # some minutes of one H200
+    "multi30k": dict(_IWSLT, max_length=128, steps=15_000, warmup=1000, lr_schedule="cosine",
+                     sample_batch=500),
+    "iwslt14": dict(_IWSLT, lower=True),
+    "wmt14": dict(vocab=40_000),
+    "wmt16": dict(vocab=40_000),
+    "gigaword": dict(vocab=30_000),
+    "qqp": dict(_WIDE, steps=50_000, batch_tokens=8192),
+    "wiki_auto": dict(_WIDE, steps=30_000),
+    "quasar_t": dict(_WIDE, steps=100_000, dgs_max=0.2, lr=3e-4, warmup=5000),
     "files": dict(_IWSLT),
 }
 
@@ -482,14 +495,9 @@ def translate(
             yield row
 
 
-def pairs_of(cfg: Config, data: PairData) -> list[tuple[str, str]]:
-    """The split's pairs, or the first eval_sequences of them."""
-    return data.texts[cfg.split][: cfg.eval_sequences or None]
-
-
 def evaluate(model: Difformer, cfg: Config, data: PairData, place) -> tuple[dict, list[dict]]:
     """Figures of the translations of cfg.split, and the translations, also in a file."""
-    pairs, begin = pairs_of(cfg, data), time.time()
+    pairs, begin = data.pairs_of(cfg.split, cfg.eval_sequences or None), time.time()
     quiet = 0.2 if sys.stderr.isatty() else 10
     found = translate(model, [a for a, _ in pairs], data, cfg, place)
     rows = [row | {"reference": b} for row, (_, b) in zip(
@@ -508,9 +516,15 @@ def evaluate(model: Difformer, cfg: Config, data: PairData, place) -> tuple[dict
 # ---------------------------------------------------------------------------------------------
 
 
-def load(cfg: Config) -> PairData:
-    return load_pairs(cfg.dataset, cfg.data_dir, cfg.max_length, cfg.vocab, cfg.max_number,
-                      dict(train=cfg.train, valid=cfg.valid, test=cfg.test))
+def load(cfg: Config, state: dict | None = None) -> PairData:
+    """The data set; with a checkpoint's state it must have the same tokens."""
+    data = load_pairs(cfg.dataset, cfg.data_dir, cfg.max_length, cfg.vocab, cfg.max_number,
+                      dict(train=cfg.train, valid=cfg.valid, test=cfg.test), cfg.lower,
+                      cfg.distilled)
+    if state and state["tokenizer"]["vocab"] != data.codec.vocab:
+        raise RunError(f"the training text of {cfg.dataset} is not the one that {cfg.out} learned "
+                       "its tokens from: restore it, or choose another --out")
+    return data
 
 
 def load_step(cfg: Config, data: PairData, step: int, place: common.Setup) -> tuple[list, int, int]:
@@ -593,15 +607,17 @@ def flops_per_pair(model: Difformer, M: int, N: int) -> float:
 
 def train(cfg: Config, place: common.Setup) -> None:
     out, checkpoint = Path(cfg.out), Path(cfg.out) / "checkpoint.pt"
-    data = load(cfg)
+    state = None
+    if resumed := checkpoint.exists() and not cfg.overwrite:
+        state = common.read_checkpoint(checkpoint, "difformer", place.device)
+        common.check_same_run(state["config"], dataclasses.asdict(cfg), Config)
+    data = load(cfg, state)
     model, net, optimizer, ema = build(cfg, data.vocab_size, place)
     if min(cfg.batch_tokens // max(data.longest), data.pairs) < place.world:
         raise RunError(f"--batch_tokens {cfg.batch_tokens} or {data.pairs} pairs are too few for "
                        f"{place.world} processes with sentences of {max(data.longest)} tokens")
-    step, seconds, resumed = 0, 0.0, checkpoint.exists() and not cfg.overwrite
+    step, seconds = 0, 0.0
     if resumed:
-        state = common.read_checkpoint(checkpoint, "difformer", place.device)
-        common.check_same_run(state["config"], dataclasses.asdict(cfg), Config)
         common.load_weights(model, state["model"], checkpoint)
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
@@ -699,7 +715,7 @@ def report(model, ema, cfg: Config, data: PairData, place, step: int, seconds: f
     with ema.swapped_in():
         figures, _ = evaluate(model, cfg, data, place)
         shown = dataclasses.replace(cfg, show_steps=True)
-        sources = [a for a, _ in pairs_of(cfg, data)[: cfg.samples]]
+        sources = [a for a, _ in data.pairs_of(cfg.split, cfg.samples)]
         for row in translate(model, sources, data, shown, place):
             show(row)
     result = dict(method="difformer", dataset=cfg.dataset, split=cfg.split, step=step,
@@ -738,7 +754,7 @@ def load_run(cfg: Config, place: common.Setup) -> tuple[Difformer, PairData, int
     if cfg.mode == "sample" and cfg.source:
         data = PairData.from_tokenizer(state["tokenizer"])
     else:
-        data = load(cfg)
+        data = load(cfg, state)
     model = Difformer(cfg, data.vocab_size).to(place.device)
     common.load_weights(model, state["ema"]["params"], checkpoint)
     return model, data, state["step"]
@@ -823,7 +839,7 @@ def main(argv: list[str] | None = None) -> None:
                 figures=figures, config=dataclasses.asdict(cfg), **common.environment(place)))
             print(f"-> {file}")
             return
-        sources = [a for a, _ in data.texts.get(cfg.split, [])[: cfg.samples]]
+        sources = [a for a, _ in data.pairs_of(cfg.split, cfg.samples)]
         if cfg.source:
             file = Path(cfg.source)
             sources = read_lines(file) if len(cfg.source) < 256 and file.is_file() else [cfg.source]
