@@ -754,6 +754,50 @@ def score(out: str, flags: list[str]) -> dict:
                 length=data.length, figures=evaluate(model, cfg, data, place))
 
 
+PROBE_TIMES = (np.arange(25) + 0.5) / 25
+PROBE_SEQUENCES = 64  # the network's; 10,000 for the embeddings' variance, which costs nothing
+
+
+@torch.no_grad()
+def probe(out: str, flags: list[str]) -> dict:
+    """What `eval.py collapse` asks: how the embeddings of a run lie, and what is left to predict.
+
+    embeddings (V, d) of the averaged weights as they enter the diffusion; at times (n,) the mean
+    cross_entropy (n,) in nats at the masked positions, given x_t and z_t (visible tokens cost
+    nothing), with the same noise at all times; signal (n,) and sigma (n,) of z_t = signal z_0 +
+    sigma eps; tokens (10,000 or fewer, L) of the split.
+    """
+    flags = ["--mode", "eval", "--out", out, *flags]
+    cfg, _ = common.parse_config(Config, "cadd", __doc__, PRESETS, flags)
+    place = common.setup(cfg)
+    model, data, _ = load_run(cfg, place)
+    if cfg.hint == "none":
+        raise RunError(f"{out} is an MDLM: it has no embeddings that are diffused")
+    model.eval()
+    batch = max(1, min(cfg.micro_batch, 16384 // data.length))
+    nll, count = (np.zeros(len(PROBE_TIMES)) for _ in range(2))
+    for number, rows in enumerate(data.eval_batches(cfg.split, batch, PROBE_SEQUENCES)):
+        x0 = torch.from_numpy(rows).to(place.device)
+        generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, 78, number))
+        u = torch.rand(x0.shape, generator=generator, device=place.device)
+        z0 = model.w(x0).float()
+        eps = torch.randn(z0.shape, generator=generator, device=place.device)
+        for k, time_k in enumerate(PROBE_TIMES):
+            t = torch.full((len(x0),), time_k, device=place.device)
+            x_t, masked = add_noise(x0, t, u, model.mask_id)
+            scored = masked & (x0 != data.pad_id) if data.pad_id is not None else masked
+            z_t = add_noise_to_hints(z0, masked, t, eps, cfg.hint)
+            with place.autocast():
+                logits = model.logits(model.features(x_t, z_t, masked, t)[scored])
+            nll[k] += F.cross_entropy(logits.double(), x0[scored], reduction="sum").item()
+            count[k] += scored.sum().item()
+    signal, sigma = path(torch.from_numpy(PROBE_TIMES), cfg.hint)
+    tokens = np.concatenate(list(data.eval_batches(cfg.split, 1000, 10_000)))
+    return dict(name=name_of(cfg), method="cadd", times=PROBE_TIMES, cross_entropy=nll / count,
+                signal=signal, sigma=sigma, tokens=tokens,
+                embeddings=model.table()[: model.V].detach().float().cpu())
+
+
 def bench(cfg: Config, place: common.Setup) -> None:
     """Time training steps of a preset on synthetic tokens, one micro-batch per device and step."""
     V = {"owt": 50257, "lm1b": 30522, "lm1b-padded": 30522, "pycode": 256}.get(cfg.dataset, 27)

@@ -1,11 +1,15 @@
-"""Text, toys, pairs of sentences: a class that hands out batches, and a recipe per data set.
+"""Text, toys, pairs of sentences, images as tokens: classes that hand out batches, and recipes.
 
     python data.py multi30k                   # pairs: German and English captions
     python data.py pydoc                      # no download: prepares the set and describes it
     python data.py text8 --data_dir data      # downloads 31 MB
     python data.py my/folder                  # train / valid / test as .txt, .txt.xz or .npy
+    python data.py glyphs                     # drawn digits and letters, no download
+    python data.py vq-encode IMAGES --ckpt last.ckpt --out tokens.npy     # photographs, by a VQGAN
+    python data.py tokens.npy --labels labels.npy
+    python data.py vq-decode tokens.npy --ckpt last.ckpt --out folder     # and back
 
-Every set ends as arrays of token ids, one file per split, memory-mapped. A split is either a
+Every text set ends as arrays of token ids, one file per split, memory-mapped. A split is either a
 stream (N,), cut into sequences of any length L when it is read, or rows (N, L) that were cut when
 the set was prepared. Ids 0..V-1 are the data's symbols; [MASK] is V, one past them.
 """
@@ -22,9 +26,10 @@ import itertools
 import json
 import lzma
 import math
-import multiprocessing
+import multiprocessing.pool
 import operator
 import os
+import pickle
 import random
 import re
 import shutil
@@ -32,6 +37,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import types
 import urllib.request
 import zipfile
 import zlib
@@ -1613,9 +1619,9 @@ class ImageRecipe:
     vocab_size: int
 
 
-IMAGES = {  # 8 x 8 and 7 x 7 tokens
-    "glyphs": ImageRecipe(glyph_images, "0123456789ABCDEF", 3, 128),
-    "glyphs36": ImageRecipe(glyph_images, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", 3, 128),
+IMAGES = {  # 6 x 6 and 7 x 7 tokens
+    "glyphs": ImageRecipe(glyph_images, "0123456789ABCDEF", 4, 256),
+    "glyphs36": ImageRecipe(glyph_images, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", 4, 256),
     "mnist": ImageRecipe(mnist_images, "0123456789", 4, 256),
 }
 IMAGE_FILE, IMAGE_VERSION = "tokens.npz", "1"
@@ -1675,7 +1681,8 @@ def open_images(path: Path, name: str) -> ImageTokens | None:
     try:
         with np.load(path) as file:
             arrays = dict(file)
-        if str(arrays["version"]) != IMAGE_VERSION:
+        shape = (recipe.vocab_size, recipe.patch**2)
+        if str(arrays["version"]) != IMAGE_VERSION or arrays["codes"].shape != shape:
             return None
         splits = {split: arrays[split] for split in ("train", "valid", "test")}
         labels = {split: arrays[f"{split}_labels"].astype(np.int64) for split in splits}
@@ -1693,16 +1700,9 @@ def load_tokens(path: Path, labels: Path | None) -> ImageTokens:
     A file tokens.json beside tokens.npy may give "vocab_size" and, with labels, "classes", their
     names. Raises DataError.
     """
-    ids = read_integers(path)
-    if ids.ndim == 2:
-        side = math.isqrt(ids.shape[1])
-        if side * side != ids.shape[1]:
-            raise DataError(f"{path} has {ids.shape[1]} tokens per image, which is no square: "
-                            "store it as (N, rows, columns)")
-        ids = ids.reshape(-1, side, side)
-    if ids.ndim != 3 or len(ids) < 3:
-        raise DataError(f"{path}: must hold at least 3 images as (N, L) or (N, rows, columns); it "
-                        f"has shape {ids.shape}")
+    ids = image_grid(path)
+    if len(ids) < 3:
+        raise DataError(f"{path} holds {len(ids)} images: train, valid and test need one each")
     meta = path.with_suffix(".json")
     try:
         known = json.loads(meta.read_text()) if meta.exists() else {}
@@ -1726,6 +1726,18 @@ def load_tokens(path: Path, labels: Path | None) -> ImageTokens:
                        classes, known.get("vocab_size", int(ids.max()) + 1), shape)
 
 
+def image_grid(path: Path) -> np.ndarray:
+    """Tokens (N, L), L a square, or (N, rows, columns) as (N, rows, columns). Raises DataError."""
+    ids = read_integers(path)
+    side = math.isqrt(ids.shape[1]) if ids.ndim == 2 else 0
+    if ids.ndim == 2 and side * side == ids.shape[1]:
+        return ids.reshape(-1, side, side)
+    if ids.ndim != 3:
+        raise DataError(f"{path} must hold images as (N, L), L a square, or as (N, rows, columns); "
+                        f"it has shape {ids.shape}")
+    return ids
+
+
 def read_integers(path: Path) -> np.ndarray:
     """An array of integers from a .npy file, memory-mapped. Raises DataError."""
     try:
@@ -1735,6 +1747,352 @@ def read_integers(path: Path) -> np.ndarray:
     if array.dtype.kind not in "iu" or array.size == 0:
         raise DataError(f"{path} must hold integers; it has {array.dtype} of shape {array.shape}")
     return array
+
+
+# ---------------------------------------------------------------- VQGAN: photographs as tokens
+
+
+@functools.cache
+def vqgan_class() -> type:
+    """The class VQGAN. Made when first asked for, because nothing else in this file needs torch."""
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+
+    def norm(c: int) -> nn.Module:
+        return nn.GroupNorm(32, c, eps=1e-6)
+
+    class Residual(nn.Module):
+        def __init__(self, c_in: int, c: int):
+            super().__init__()
+            self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c, 3, padding=1)
+            self.norm2, self.conv2 = norm(c), nn.Conv2d(c, c, 3, padding=1)
+            if c_in != c:
+                self.nin_shortcut = nn.Conv2d(c_in, c, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv1(F.silu(self.norm1(x)))
+            h = self.conv2(F.silu(self.norm2(h)))
+            return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+    class Attention(nn.Module):
+        """One head over all places."""
+
+        def __init__(self, c: int):
+            super().__init__()
+            self.norm = norm(c)
+            self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))
+            h = F.scaled_dot_product_attention(q, k, v)           # (B, 1, H W, c)
+            return x + self.proj_out(h[:, 0].mT.reshape(x.shape))
+
+    class Downsample(nn.Module):
+        def __init__(self, c: int):
+            super().__init__()
+            self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(F.pad(x, (0, 1, 0, 1)))              # one more on the right and below
+
+    class Upsample(nn.Module):
+        def __init__(self, c: int):
+            super().__init__()
+            self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    class Level(nn.Module):
+        """The blocks of one resolution, each followed by attention if the level has it."""
+
+        def __init__(self, c_in: int, c: int, blocks: int, attention: bool, resize: dict):
+            super().__init__()
+            self.block = nn.ModuleList(Residual(c if j else c_in, c) for j in range(blocks))
+            self.attn = nn.ModuleList(Attention(c) for _ in range(blocks * attention))
+            for name, module in resize.items():
+                self.add_module(name, module)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for j, block in enumerate(self.block):
+                x = block(x)
+                x = self.attn[j](x) if len(self.attn) else x
+            for resize in ("downsample", "upsample"):
+                x = getattr(self, resize)(x) if hasattr(self, resize) else x
+            return x
+
+    class Middle(nn.Module):
+        def __init__(self, c: int):
+            super().__init__()
+            self.block_1, self.attn_1, self.block_2 = Residual(c, c), Attention(c), Residual(c, c)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block_2(self.attn_1(self.block_1(x)))
+
+    class Encoder(nn.Module):
+        def __init__(self, widths: list[int], first: int, blocks: int, attention: Sequence[int],
+                     c_in: int, c_out: int):
+            super().__init__()
+            top, c = len(widths) - 1, widths[-1]
+            self.conv_in = nn.Conv2d(c_in, first, 3, padding=1)
+            self.down = nn.ModuleList(
+                Level(widths[i - 1] if i else first, w, blocks, i in attention,
+                      {"downsample": Downsample(w)} if i < top else {})
+                for i, w in enumerate(widths))
+            self.mid = Middle(c)
+            self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, c_out, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv_in(x)
+            for level in self.down:
+                x = level(x)
+            return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+    class Decoder(nn.Module):
+        """Levels are numbered as the encoder's: the last one comes first."""
+
+        def __init__(self, widths: list[int], blocks: int, attention: Sequence[int], c_in: int,
+                     c_out: int):
+            super().__init__()
+            top, c = len(widths) - 1, widths[-1]
+            self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
+            self.mid = Middle(c)
+            self.up = nn.ModuleList(
+                Level(widths[min(i + 1, top)], w, blocks + 1, i in attention,
+                      {"upsample": Upsample(w)} if i else {})
+                for i, w in enumerate(widths))
+            self.norm_out = norm(widths[0])
+            self.conv_out = nn.Conv2d(widths[0], c_out, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.mid(self.conv_in(x))
+            for level in reversed(self.up):
+                x = level(x)
+            return self.conv_out(F.silu(self.norm_out(x)))
+
+    class Quantizer(nn.Module):
+        def __init__(self, codes: int, d: int):
+            super().__init__()
+            self.embedding = nn.Embedding(codes, d)
+            nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
+
+        def forward(self, z: Tensor) -> Tensor:
+            """The nearest code to each vector: (B, d, h, w) to (B, h, w) int64."""
+            e = self.embedding.weight                             # (V, d)
+            z = z.movedim(1, -1)
+            return (e.square().sum(-1) - 2 * z @ e.T).argmin(-1)  # |z|^2 is the same for all
+
+    class VQGAN(nn.Module):
+        """Images (B, C, H, W) in [-1, 1] <-> codes (B, H / f, W / f), f = 2^(levels - 1).
+
+        Esser et al. 2021, with the names of taming-transformers' public checkpoints. The defaults
+        are f16-1024's: 72.1M parameters, 256 x 256 pixels in 16 x 16 codes. `attention` lists the
+        levels that have it; channels must be multiples of 32.
+        """
+
+        def __init__(self, channels: int = 128, multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+                     blocks: int = 2, attention: Sequence[int] = (4,), z_channels: int = 256,
+                     embedding: int = 256, codes: int = 1024, in_channels: int = 3):
+            super().__init__()
+            widths = [channels * m for m in multipliers]
+            self.factor = 2 ** (len(widths) - 1)
+            self.encoder = Encoder(widths, channels, blocks, attention, in_channels, z_channels)
+            self.decoder = Decoder(widths, blocks, attention, z_channels, in_channels)
+            self.quantize = Quantizer(codes, embedding)
+            self.quant_conv = nn.Conv2d(z_channels, embedding, 1)
+            self.post_quant_conv = nn.Conv2d(embedding, z_channels, 1)
+
+        @property
+        def vocab_size(self) -> int:
+            return len(self.quantize.embedding.weight)
+
+        def encode(self, x: Tensor) -> Tensor:
+            """(B, C, H, W) in [-1, 1] to codes (B, H / f, W / f) int64."""
+            return self.quantize(self.quant_conv(self.encoder(x)))
+
+        def decode(self, codes: Tensor) -> Tensor:
+            """Codes (B, h, w) to images (B, C, h f, w f), in [-1, 1] or little beyond."""
+            z = self.quantize.embedding(codes).movedim(-1, 1)     # (B, d, h, w)
+            return self.decoder(self.post_quant_conv(z))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """For training: reconstruction, codebook and commitment loss (means), codes.
+
+            The gradient passes the codes unchanged, as if they were not there (van den Oord et
+            al. 2017: straight-through).
+            """
+            z = self.quant_conv(self.encoder(x))
+            codes = self.quantize(z)
+            e = self.quantize.embedding(codes).movedim(-1, 1)
+            reconstruction = self.decoder(self.post_quant_conv(z + (e - z).detach()))
+            return (reconstruction, (e - z.detach()).square().mean(),
+                    (z - e.detach()).square().mean(), codes)
+
+    return VQGAN
+
+
+def vqgan_config(weights: dict) -> dict:
+    """The arguments of VQGAN that these weights fit, read off their names and shapes."""
+    def numbers(pattern: str) -> list[int]:
+        return sorted({int(m[1]) for m in (re.fullmatch(pattern, key) for key in weights) if m})
+
+    channels, in_channels = weights["encoder.conv_in.weight"].shape[:2]
+    codes, embedding = weights["quantize.embedding.weight"].shape
+    levels = numbers(r"encoder\.down\.(\d+)\.block\.0\.conv2\.bias")
+    widths = [len(weights[f"encoder.down.{i}.block.0.conv2.bias"]) for i in levels]
+    return dict(channels=channels, in_channels=in_channels, codes=codes, embedding=embedding,
+                multipliers=[width // channels for width in widths],
+                blocks=len(numbers(r"encoder\.down\.0\.block\.(\d+)\.conv2\.bias")),
+                attention=numbers(r"encoder\.down\.(\d+)\.attn\.0\.q\.bias"),
+                z_channels=len(weights["encoder.conv_out.bias"]))
+
+
+class Inert(dict):
+    """Stands for an object of a library that the weights do not need."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    append = extend = __setstate__
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Reads tensors; any other object becomes an Inert, and none of a file's code is run."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"),
+                              ("torch._utils", "_rebuild_parameter"),
+                              ("collections", "OrderedDict")):
+            return super().find_class(module, name)
+        return Inert
+
+
+INERT = types.SimpleNamespace(  # what torch.load wants of a pickle module
+    __name__="inert", Unpickler=InertUnpickler,
+    load=lambda file, **options: InertUnpickler(file, **options).load())
+
+
+def load_vqgan(path: str | Path):
+    """A VQGAN of any size from a taming-transformers checkpoint, ready to encode and decode.
+
+    Discriminator and perceptual loss (`loss.*`) are dropped; a transformer's checkpoint has the
+    VQGAN under `first_stage_model.`. Raises DataError.
+    """
+    import torch
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no VQGAN checkpoint at {path}: download last.ckpt of f16-1024 (see the "
+                        "taming-transformers repository), or train one: results/vq_mnist.py")
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # Lightning has put objects of its own beside the weights
+            state = torch.load(path, map_location="cpu", weights_only=False,
+                               pickle_module=INERT)
+        state = {key: value for key, value in state.get("state_dict", state).items()
+                 if isinstance(value, torch.Tensor)}
+    except Exception as error:  # torch raises many kinds for truncated and foreign files
+        raise DataError(f"{path} is truncated or not a checkpoint ({type(error).__name__})"
+                        ) from error
+    inner = "first_stage_model."
+    if any(key.startswith(inner) for key in state):
+        state = {key[len(inner):]: v for key, v in state.items() if key.startswith(inner)}
+    weights = {key: value for key, value in state.items() if not key.startswith("loss.")}
+    try:
+        model = vqgan_class()(**vqgan_config(weights))
+        model.load_state_dict(weights)
+    except (KeyError, ValueError, RuntimeError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is not a VQGAN of taming-transformers' kind: {detail}") from error
+    return model.eval().requires_grad_(False)
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """All images below `folder`, sorted, and the subfolder of each: its class, if there are any."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise DataError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    names = [p.relative_to(folder).parts for p in paths]
+    classes = [parts[0] for parts in names if len(parts) > 1]
+    if classes and len(classes) < len(paths):
+        raise DataError(f"{folder} holds images both directly and in subfolders: a subfolder is a "
+                        "class, so move all images into subfolders, or none")
+    return paths, classes
+
+
+def read_image(path: Path, size: int, channels: int) -> np.ndarray:
+    """The largest square in the middle, resized: (channels, size, size) float32 in [-1, 1]."""
+    Image, ImageOps = pillow("Image", "ImageOps")
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.fit(file.convert("RGB" if channels == 3 else "L"), (size, size),
+                                 Image.BICUBIC)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
+    pixels = np.asarray(image, dtype=np.float32).reshape(size, size, channels)
+    return pixels.transpose(2, 0, 1) / 127.5 - 1
+
+
+def vq_encode(folder: Path, ckpt: Path, out: Path, size: int = 256, batch: int = 32) -> None:
+    """Images to codes (N, L) in `out`, and what load_images wants beside them."""
+    import torch
+    model, device = load_vqgan(ckpt), "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    if size % model.factor:
+        raise DataError(f"--size {size} must be a multiple of {model.factor}")
+    channels = model.encoder.conv_in.weight.shape[1]
+    paths, subfolders = image_files(folder)
+    classes, codes = sorted(set(subfolders)), []
+    with multiprocessing.pool.ThreadPool(8) as pool, torch.inference_mode():
+        with tqdm(total=len(paths), unit="image", desc="encoding") as bar:
+            for group in groups(paths, batch):
+                images = pool.map(lambda path: read_image(path, size, channels), group)
+                x = torch.from_numpy(np.stack(images)).to(device)
+                codes.append(model.encode(x).flatten(1).short())  # stays there: no waiting
+                bar.update(len(group))
+    tokens = torch.cat(codes).cpu().numpy().astype(np.min_scalar_type(model.vocab_size - 1))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.save(out, tokens)
+    out.with_suffix(".json").write_text(json.dumps({"vocab_size": model.vocab_size,
+                                                    "classes": classes}) + "\n")
+    print(f"{out}: {len(tokens):,} images of {tokens.shape[1]} codes, "
+          f"{len(np.unique(tokens)):,} of {model.vocab_size:,} codes in use")
+    if classes:
+        labels = out.with_name(out.name.replace("tokens", "labels") if "tokens" in out.name
+                               else f"{out.stem}-labels.npy")
+        np.save(labels, np.array([classes.index(name) for name in subfolders]))
+        print(f"{labels}: {len(classes)} classes")
+
+
+def vq_decode(tokens: Path, ckpt: Path, out: Path, batch: int = 32) -> None:
+    """Codes (N, L) or (N, rows, columns) to out/000000.png and so on."""
+    import torch
+    (Image,) = pillow("Image")
+    model, device = load_vqgan(ckpt), "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    codes = image_grid(tokens)
+    if not 0 <= codes.min() <= codes.max() < model.vocab_size:
+        raise DataError(f"{tokens} has codes {codes.min()} to {codes.max()}, {ckpt} has only "
+                        f"0 to {model.vocab_size - 1}")
+    out.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode(), tqdm(total=len(codes), unit="image", desc="decoding") as bar:
+        for i in range(0, len(codes), batch):
+            x = model.decode(torch.from_numpy(codes[i:i + batch].astype(np.int64)).to(device))
+            x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).cpu().numpy()
+            for j, image in enumerate(x):                         # (H, W, 3 or 1)
+                Image.fromarray(image.squeeze()).save(out / f"{i + j:06d}.png")
+            bar.update(len(x))
+    print(f"{out}: {len(codes):,} images of {x.shape[2]} x {x.shape[1]} pixels")
 
 
 # ---------------------------------------------------------------- loading
@@ -1774,8 +2132,9 @@ def load_dataset(name: str, data_dir: str | Path = "data", length: int | None = 
     if name not in DATASETS:
         if Path(name).is_dir():
             return load_folder(Path(name), length)
-        raise DataError(f"unknown dataset {name!r}: choose one of {', '.join([*DATASETS, *TOYS])}, "
-                        "or give a folder with train and valid as .txt, .txt.xz or .npy")
+        raise DataError(f"unknown dataset {name!r}: choose one of {', '.join([*DATASETS, *TOYS])} "
+                        f"(images: {', '.join(IMAGES)}), or give a folder with train and valid as "
+                        ".txt, .txt.xz or .npy")
     recipe = DATASETS[name]
     length = length or recipe.length
     key = name if length == recipe.length or not recipe.rows else f"{name}-{length}"
@@ -1950,18 +2309,67 @@ def describe_pairs(data: PairData) -> None:
         print(f"{text!r}\n  {'|'.join(data.codec.decode([i]) for i in data.encode(text)[1:-1])!r}")
 
 
-def main() -> None:
+def describe_images(data: ImageTokens, folder: Path) -> None:
+    rows, columns = data.shape
+    print(f"{data.name}: {data.vocab_size} tokens, images of {rows} x {columns}, "
+          f"{len(data.classes)} classes {' '.join(data.classes)[:60]}".rstrip())
+    for split, ids in data.splits.items():
+        counts = np.bincount(ids.ravel(), minlength=data.vocab_size)
+        print(f"{split:>6}: {len(ids):,} images, {(counts > 0).sum()} tokens in use, unigram "
+              f"entropy {entropy(counts):.3f} bits per token")
+    images = data.draw(data.splits["valid"][:96])
+    if images is not None and len(images) == 96:
+        (Image,) = pillow("Image")
+        H, W = images.shape[1:]
+        grid = images.reshape(6, 16, H, W).swapaxes(1, 2).reshape(6 * H, 16 * W)
+        folder = next(base for base in (folder, cache_folder()) if writable(base / data.name))
+        path = folder / data.name / "examples.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grid).resize((3 * 16 * W, 3 * 6 * H), Image.NEAREST).save(path)
+        print(f"{path}: 96 images of valid, as their tokens show them")
+
+
+def vq_main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=f"data.py {argv[0]}", description=(
+        "Images to a VQGAN's codes" if argv[0] == "vq-encode" else "A VQGAN's codes to PNG files"))
+    if argv[0] == "vq-encode":
+        parser.add_argument("images", type=Path, help="folder; its subfolders, if any, are classes")
+        parser.add_argument("--size", type=int, default=256, help="pixels of a side (default 256)")
+    else:
+        parser.add_argument("tokens", type=Path, help="tokens.npy")
+    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint, as "
+                        "taming-transformers writes them; its weights alone are read")
+    parser.add_argument("--out", type=Path, required=True, help="tokens.npy, or folder of images")
+    parser.add_argument("--batch", type=int, default=32, help="images at once (default 32)")
+    args = parser.parse_args(argv[1:])
+    if args.batch < 1:
+        parser.error("--batch must be at least 1")
+    if argv[0] == "vq-encode":
+        vq_encode(args.images, args.ckpt, args.out, args.size, args.batch)
+    else:
+        vq_decode(args.tokens, args.ckpt, args.out, args.batch)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="one of " + ", ".join(
-        [*DATASETS, *TOYS, "numbers", *PAIR_SETS]) + ", or a folder")
+    names = ", ".join([*DATASETS, *TOYS, "numbers", *PAIR_SETS, *IMAGES])
+    parser.add_argument("name", help=f"one of {names}, a folder, or a tokens.npy")
     parser.add_argument("--data_dir", default="data", help="where data sets are kept")
-    parser.add_argument("--length", type=int, help="tokens per sequence")
-    args = parser.parse_args()
+    parser.add_argument("--length", type=int, help="tokens per sequence (texts)")
+    parser.add_argument("--labels", default="", help="labels.npy, the classes of a tokens.npy")
     try:
-        if args.name in ("numbers", *PAIR_SETS):
-            return describe_pairs(load_pairs(args.name, args.data_dir, args.length or 256))
-        describe(load_dataset(args.name, args.data_dir, args.length))
+        if argv[:1] in (["vq-encode"], ["vq-decode"]):
+            return vq_main(argv)
+        args = parser.parse_args(argv)
+        if args.name in IMAGES or args.name.endswith(".npy"):
+            images = load_images(args.name, args.data_dir, args.labels)
+            describe_images(images, Path(args.data_dir))
+        elif args.name in ("numbers", *PAIR_SETS):
+            describe_pairs(load_pairs(args.name, args.data_dir, args.length or 256))
+        else:
+            describe(load_dataset(args.name, args.data_dir, args.length))
     except DataError as error:
         sys.exit(f"error: {error}")
 

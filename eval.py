@@ -3,6 +3,7 @@
     python eval.py runs/cadd-pydoc runs/mdlm-pydoc         score checkpoints and their samples
     python eval.py runs/cadd-text8 --split test            on another split
     python eval.py samples.jsonl --dataset english27       a file of samples alone
+    python eval.py collapse runs/catdm-mnist runs/csdm-mnist    have learned embeddings collapsed?
 
 A run folder is scored on the full split (VADD: on as many sequences as the run's --eval_sequences,
 its figures cost many network calls) with a fixed seed and the averaged (EMA) weights; the
@@ -24,6 +25,23 @@ the row "data" gives the same metrics of real text, the value to aim at.
     exact           translations: percentage equal to their reference, character by character
     bleu            corpus BLEU-4 in percent of lower-cased text, tokenised as mteval-v13a does
     sacrebleu       the same as sacrebleu reports it by default, if that package is installed
+
+`collapse` asks what became of the embeddings that CATDM, CADD and Difformer learn:
+
+    ANI             mean cosine of two different embeddings (Difformer 3.1): 1 if all are alike
+    spread          variance of the embeddings, summed over dimensions, over their mean squared
+                    norm: 0 if all are alike
+    effective rank  (sum v)^2 / sum v^2 of the variances v along principal axes: how many
+                    dimensions are in use, at most min(V - 1, D)
+    variance of EMB(x)  over 10,000 examples, of each of the L x D dimensions (CATDM's Figure 1)
+    DGS             how often a degenerate model, which knows the embeddings alone, finds the token
+                    in its noisy embedding (Difformer, Definition 2), averaged over the noise levels
+                    of the curves: near 1 there is nothing to be learned from context
+    CE              the network's cross-entropy of x0 given z_t (CADD: at masked positions),
+                    averaged over t; "t at half CE": when it first reaches half its value near t = 1
+
+The pictures are collapse.png (variances, cross-entropy and DGS over t, principal axes, magnitudes)
+and distances.png (between all embeddings), with the curves' numbers in collapse.json.
 """
 
 from __future__ import annotations
@@ -31,7 +49,10 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import itertools
 import json
+import math
+import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -42,9 +63,9 @@ import torch
 
 import common
 from common import RunError
-from data import TOY_BINS, TOY_POINTS, TextData, load_dataset, words
+from data import TOY_POINTS, TextData, load_dataset, pillow, words
 
-METHODS = ("cadd", "vadd", "difformer")  # scripts with a function score(out, flags)
+METHODS = ("cadd", "vadd", "difformer", "catdm")  # scripts with a function score(out, flags)
 
 
 def entropy(samples: Iterable[Sequence[int]]) -> float:
@@ -110,95 +131,6 @@ def score_data(data: TextData, split: str, count: int = 256) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
-# Toys: points on a grid of 100 x 100 bins
-# ---------------------------------------------------------------------------------------------
-
-TOY_STEPS = (1, 5, 10, 20)  # VADD's Table 1 and Figure 6
-
-
-def histogram(ids: np.ndarray) -> np.ndarray:
-    """Points (n, 2) of bins -> frequencies (100, 100), float64."""
-    cell = ids[:, 0].astype(np.int64) * TOY_BINS + ids[:, 1]
-    counts = np.bincount(cell, minlength=TOY_BINS**2)
-    return counts.reshape(TOY_BINS, TOY_BINS) / len(ids)
-
-
-def histogram_entropy(p: np.ndarray) -> float:
-    """In nats."""
-    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
-
-
-def jeffreys(p: np.ndarray, q: np.ndarray, floor: float = 1e-6) -> float:
-    """[KL(p || q) + KL(q || p)] / 2 in nats, with `floor` added inside each logarithm.
-
-    What VADD's Table 1 calls "JS divergence": it has values above ln 2, which no Jensen-Shannon
-    divergence can have, and this formula gives the table's MDLM rows.
-    """
-    return float(0.5 * ((p - q) * (np.log(p + floor) - np.log(q + floor))).sum())
-
-
-def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
-    """Jensen-Shannon divergence in nats, at most ln 2."""
-    return histogram_entropy((p + q) / 2) - (histogram_entropy(p) + histogram_entropy(q)) / 2
-
-
-def perfect_mdm(p: np.ndarray, steps: int) -> np.ndarray:
-    """What an MDM with the exact conditionals of p samples in `steps` steps: (100, 100).
-
-    With probability 1/steps both positions are revealed in one step, each from its own marginal;
-    else the second one is drawn given the first, and the pair is right.
-    """
-    product = np.outer(p.sum(1), p.sum(0))
-    return product / steps + p * (1 - 1 / steps)
-
-
-def toy_rows(
-    data: TextData, own: dict[int, np.ndarray], name: str, n: int
-) -> tuple[dict[str, dict], list[np.ndarray]]:
-    """Divergences from the training points' histogram, and three histograms to look at.
-
-    `own` are histograms of n samples by the number of steps. Row "data" is the valid split: what
-    a perfect model would get, for sampling noise alone keeps it from 0. Row "mdlm at best" is n
-    draws of `perfect_mdm`. The histograms: data, mdlm at best, own, for the first number of steps.
-    """
-    p, rng = histogram(data.splits["train"]), np.random.default_rng(0)
-    fresh = histogram(data.splits["valid"])
-    best = {T: rng.multinomial(n, perfect_mdm(p, T).ravel()).reshape(p.shape) / n for T in own}
-    rows = {row: {T: {"jeffreys_1e-6": jeffreys(p, q[T]), "js": jensen_shannon(p, q[T])}
-                  for T in own}
-            for row, q in {"data": dict.fromkeys(own, fresh), "mdlm at best": best,
-                           name: own}.items()}
-    first = next(iter(own))
-    return rows, [p, best[first], own[first]]
-
-
-def toy_columns(row: dict[int, dict]) -> dict[str, str]:
-    """A row of `toy_rows` as columns of the table of runs."""
-    return {f"{name}, T = {T}": f"{value:.3f}" for T, values in row.items()
-            for name, value in values.items()}
-
-
-def toy_table(rows: dict[str, dict]) -> str:
-    """`toy_rows` as lines of text."""
-    steps = list(next(iter(rows.values())))
-    lines = ["jeffreys_1e-6 (JS) in nats, by sampling steps:",
-             f"{'':15s}" + "".join(f"{T:>16}" for T in steps)]
-    lines += [f"{name:15s}" + "".join(f"{v['jeffreys_1e-6']:8.3f} ({v['js']:.3f})"
-                                      for v in row.values()) for name, row in rows.items()]
-    return "\n".join(lines)
-
-
-def save_histograms(path: Path, rows: list[list[np.ndarray]]) -> None:
-    """A picture of histograms side by side, one row per list; dark is frequent, y points up."""
-    from torchvision.utils import save_image
-    shades = [1 - torch.from_numpy(p / np.quantile(p[p > 0], 0.99)).clamp(0, 1).T.flip(0)
-              for row in rows for p in row]
-    image = torch.stack(shades)[:, None].float()                      # (n, 1, 100, 100)
-    image = image.repeat_interleave(3, 2).repeat_interleave(3, 3)
-    save_image(image, path, nrow=len(rows[0]), padding=8, pad_value=0.5)
-
-
-# ---------------------------------------------------------------------------------------------
 # Translations
 # ---------------------------------------------------------------------------------------------
 
@@ -212,6 +144,201 @@ def sacrebleu(rows: list[dict]) -> dict[str, dict]:
     metric = BLEU()
     score = metric.corpus_score([r["text"] for r in rows], [[r["reference"] for r in rows]]).score
     return {"sacrebleu": dict(value=score, unit=str(metric.get_signature()))}
+
+
+# ---------------------------------------------------------------------------------------------
+# Collapse: are the learned embeddings still different from one another?
+# ---------------------------------------------------------------------------------------------
+
+
+def spectrum(table: torch.Tensor) -> torch.Tensor:
+    """Variances of embeddings (V, D) along their principal axes, falling: (min(V - 1, D),) float64.
+
+    The squared singular values of the centred table over V. What float32 cannot tell from equal
+    embeddings is 0.
+    """
+    table = table.double()
+    values = torch.linalg.svdvals(table - table.mean(0))[: len(table) - 1].square() / len(table)
+    return torch.where(values > 1e-12 * table.square().sum(-1).mean(), values, 0.0)
+
+
+def effective_rank(variances: torch.Tensor) -> float:
+    """Participation ratio (sum v)^2 / sum v^2: n for n equal variances; 0 if there is none."""
+    total = variances.sum().item()
+    return total**2 / variances.square().sum().item() if total else 0.0
+
+
+def latent_variances(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """CATDM's Figure 1: the variance over examples of each dimension of EMB(x), falling: (L D,).
+
+    table (V, D), tokens (n, L): EMB(x) is the sequence's embeddings one after another, (L D,).
+    """
+    parts = [table.double()[column].var(0, unbiased=False) for column in tokens.T]
+    return torch.cat(parts).sort(descending=True).values
+
+
+def distances(table: torch.Tensor, most: int = 400) -> torch.Tensor:
+    """CATDM's Figure 6: Euclidean distances between embeddings (V, D), at most `most` of them."""
+    rows = torch.linspace(0, len(table) - 1, min(most, len(table))).round().long()
+    return torch.cdist(table[rows].double(), table[rows].double(),
+                       compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def time_to_half(times: torch.Tensor, values: torch.Tensor) -> float:
+    """When a curve (n,) over times (n,) first reaches half of its last value, interpolated."""
+    half = values[-1] / 2
+    k = int((values >= half).int().argmax())
+    if k == 0:
+        return times[0].item()
+    part = (half - values[k - 1]) / (values[k] - values[k - 1])
+    return (times[k - 1] + part * (times[k] - times[k - 1])).item()
+
+
+def collapse(probe: dict) -> dict:
+    """All that is asked of a script's `probe`: figures for the table, curves for the pictures."""
+    from difformer import anisotropy, dgs_monte_carlo
+    table, times, ce, signal, sigma = (
+        torch.as_tensor(probe[key]).detach().double().cpu()
+        for key in ("embeddings", "times", "cross_entropy", "signal", "sigma"))
+    axes, norms = spectrum(table), table.norm(dim=-1)
+    dgs = dgs_monte_carlo(signal, sigma, table.float(), draws=-(-4000 // len(table)))
+    figures = dict(
+        V=len(table), D=table.shape[1], norm=norms.mean().item(), ani=anisotropy(table),
+        spread=(axes.sum() / table.square().sum(-1).mean()).item(),
+        effective_rank=effective_rank(axes), dgs=dgs.mean().item(),
+        ce_mean=ce.mean().item(), ce_half_time=time_to_half(times, ce))
+    curves = dict(axes=axes, norms=norms.sort(descending=True).values, times=times, ce=ce, dgs=dgs,
+                  distances=distances(table))
+    if probe.get("tokens") is not None:
+        variances = latent_variances(table, torch.as_tensor(probe["tokens"]).cpu().long())
+        figures |= dict(variance_median=variances.median().item(),
+                        variance_largest=variances[0].item())
+        curves["variances"] = variances
+    return dict(name=probe["name"], method=probe["method"], figures=figures, curves=curves)
+
+
+def collapse_row(run: str, result: dict) -> dict:
+    """One line of the table of `collapse`."""
+    f = result["figures"]
+    row = {"run": run, "method": result["name"], "V x D": f"{f['V']} x {f['D']}",
+           "norm": f"{f['norm']:.3f}", "ANI": f"{f['ani']:.3f}", "spread": f"{f['spread']:.3f}",
+           "effective rank": f"{f['effective_rank']:.1f}"}
+    if "variance_median" in f:
+        row["variance of EMB(x): median, largest"] = (f"{f['variance_median']:.2e}, "
+                                                      f"{f['variance_largest']:.2e}")
+    return row | {"DGS": f"{f['dgs']:.3f}", "CE, nats": f"{f['ce_mean']:.3f}",
+                  "t at half CE": f"{f['ce_half_time']:.3f}"}
+
+
+COLOURS = ("#1f5fb4", "#d1495b", "#2e933c", "#e0961a", "#7b4fa6", "#12908e", "#8a5a44", "#5b6470")
+PANEL = (460, 330)  # width and height of a plot in pixels; all is drawn twice as large, then halved
+
+
+def canvas(title: str):
+    """A white panel with its title: Pillow's image, what draws on it, a font of any size."""
+    Image, ImageDraw, ImageFont = pillow("Image", "ImageDraw", "ImageFont")
+    image = Image.new("RGB", (2 * PANEL[0], 2 * PANEL[1]), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=22)
+    draw.text((PANEL[0], 14), title, "black", font, anchor="mt")
+    return image, draw, font
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, 1, 2 or 5 times a power of ten apart: four to nine."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(m * power for m in (5, 2, 1) if 4 * m * power <= (high - low) * (1 + 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def line_plot(curves: list[tuple[str, Sequence, Sequence]], title: str, x_label: str,
+              log: bool = False):
+    """Curves (colour, x, y) with axes and ticks as a Pillow image. `log`: of the y axis."""
+    image, draw, font = canvas(title)
+    xs, ys = ([np.asarray(curve[k], float) for curve in curves] for k in (1, 2))
+    if log:
+        ys = [np.log10(np.maximum(y, 1e-8)) for y in ys]
+    (x0, x1), (y0, y1) = ((min(map(np.min, v)), max(map(np.max, v))) for v in (xs, ys))
+    x1 = x1 if x1 > x0 else x0 + 1
+    if log:
+        y0, y1 = math.floor(y0), max(math.ceil(y1), math.floor(y0) + 1)  # whole powers of ten
+    else:
+        y0, y1 = min(y0, 0.0), 1.05 * y1 or 1.0
+    left, right, top, bottom = 110, 2 * PANEL[0] - 30, 60, 2 * PANEL[1] - 90
+
+    def place(x, y):
+        return (left + (x - x0) / (x1 - x0) * (right - left),
+                bottom - (y - y0) / (y1 - y0) * (bottom - top))
+    for y in range(y0, y1 + 1, 1 + (y1 - y0) // 8) if log else ticks(y0, y1):
+        draw.line([place(x0, y), place(x1, y)], "#dddddd", 2)
+        draw.text((left - 12, place(x0, y)[1]), f"1e{y}" if log else f"{y:g}", "black", font,
+                  anchor="rm")
+    for x in ticks(x0, x1):
+        draw.line([place(x, y0), (place(x, y0)[0], bottom + 8)], "black", 2)
+        draw.text((place(x, y0)[0], bottom + 14), f"{x:g}", "black", font, anchor="mt")
+    draw.text(((left + right) / 2, 2 * PANEL[1] - 14), x_label, "black", font, anchor="mb")
+    draw.rectangle([left, top, right, bottom], outline="black", width=2)
+    for (colour, *_), x, y in zip(curves, xs, ys):
+        draw.line(list(zip(*place(x, y))), colour, 5, joint="curve")
+    return image.reduce(2)
+
+
+def legend(colours: dict[str, str]):
+    """{name: colour} as a Pillow image."""
+    image, draw, font = canvas("")
+    for k, (name, colour) in enumerate(colours.items()):
+        draw.line([(110, 80 + 40 * k), (170, 80 + 40 * k)], colour, 8)
+        draw.text((190, 80 + 40 * k), name, "black", font, anchor="lm")
+    return image.reduce(2)
+
+
+def heat_map(matrix: torch.Tensor, title: str):
+    """A square matrix >= 0 as a Pillow image, 0 white and the largest value black."""
+    image, draw, font = canvas(title)
+    (Image,) = pillow("Image")
+    largest, side = matrix.max().item(), 2 * PANEL[1] - 130
+    grey = (255 - 255 * (matrix / max(largest, 1e-12))).round().byte().numpy()
+    left = PANEL[0] - side // 2
+    image.paste(Image.fromarray(grey).resize((side, side), Image.NEAREST), (left, 60))
+    draw.rectangle([left - 2, 58, left + side, 60 + side], outline="black", width=2)
+    draw.text((PANEL[0], 80 + side), f"white 0, black {largest:.3g}", "black", font, anchor="mt")
+    return image.reduce(2)
+
+
+def save_panels(path: Path, panels: list, columns: int) -> None:
+    """Images of one size side by side in rows of `columns`."""
+    (Image,) = pillow("Image")
+    W, H = panels[0].size
+    rows = -(-len(panels) // columns)
+    sheet = Image.new("RGB", (W * min(columns, len(panels)), H * rows), "white")
+    for k, panel in enumerate(panels):
+        sheet.paste(panel, (k % columns * W, k // columns * H))
+    sheet.save(path)
+
+
+def draw_collapse(results: dict[str, dict], folder: Path) -> list[Path]:
+    """collapse.png: CATDM's Figure 1 and more; distances.png: its Figure 6."""
+    colours = dict(zip(results, itertools.cycle(COLOURS)))
+
+    def curves(key: str, over: str = "") -> list:
+        return [(colours[run], c[over] if over else np.linspace(0, 1, len(c[key])), c[key])
+                for run, c in ((run, result["curves"]) for run, result in results.items())
+                if key in c]  # Difformer's sentences vary in length: no variance of EMB(x)
+
+    panels = [line_plot(curves(key, over), title, label, log) for key, over, title, label, log in (
+        ("variances", "", "variance of each dimension of EMB(x), sorted (Fig. 1)",
+         "dimension, as a share of all L x D", True),
+        ("ce", "times", "cross-entropy of x0 given z_t, nats per token (Fig. 1)", "t", False),
+        ("dgs", "times", "DGS_t: share of tokens that a nearest embedding finds", "t", False),
+        ("axes", "", "variance of the embeddings along principal axes", "axis, as a share of all",
+         True),
+        ("norms", "", "magnitudes |e_v|, sorted (Fig. 6)", "token, as a share of all V", False),
+    ) if curves(key)]
+    paths = [folder / "collapse.png", folder / "distances.png"]
+    save_panels(paths[0], [*panels, legend(colours)], 3)
+    save_panels(paths[1], [heat_map(result["curves"]["distances"], run)
+                           for run, result in results.items()], 3)
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,25 +359,36 @@ def read_samples(path: Path) -> list[dict]:
     return rows
 
 
-def score_run(out: Path, split: str, flags: list[str]) -> dict:
-    """A run folder's figures on the full split, from eval-SPLIT.json if that is up to date."""
-    checkpoint, kept = out / "checkpoint.pt", out / f"eval-{split}.json"
+def method_of(out: Path) -> str:
+    """Which script made a run folder. Raises RunError if it is none."""
+    checkpoint = out / "checkpoint.pt"
     if not checkpoint.exists():
         raise RunError(f"{out} is not a run folder: it has no checkpoint.pt")
-    stamp = {"mtime_ns": checkpoint.stat().st_mtime_ns, "flags": flags}
+    try:
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["method"]
+    except Exception as error:
+        raise RunError(f"{checkpoint} is truncated or not a checkpoint") from error
+
+
+def score_run(out: Path, split: str, flags: list[str]) -> dict:
+    """A run folder's figures on the full split, from eval-SPLIT.json if that is up to date."""
+    method, kept = method_of(out), out / f"eval-{split}.json"
+    stamp = {"mtime_ns": (out / "checkpoint.pt").stat().st_mtime_ns, "flags": flags}
     if kept.exists():
         result = json.loads(kept.read_text())
         if result.pop("of") == stamp:
             return result
-    try:
-        method = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["method"]
-    except Exception as error:
-        raise RunError(f"{checkpoint} is truncated or not a checkpoint") from error
     if method not in METHODS:
-        raise RunError(f"{checkpoint}: no script scores the method {method!r}")
+        raise RunError(f"{out}: no script scores the method {method!r}")
     result = importlib.import_module(method).score(str(out), ["--split", split, *flags])
     common.write_json(kept, {"of": stamp, **result})
     return result
+
+
+def toy_columns(row: dict[int, dict]) -> dict[str, str]:
+    """A row of `vadd.toy_rows` as columns of the table of runs."""
+    return {f"{name}, T = {T}": f"{value:.3f}" for T, values in row.items()
+            for name, value in values.items()}
 
 
 def show(value: float | None, digits: int = 4, percent: bool = False) -> str:
@@ -286,7 +424,40 @@ def row_of(name: str, result: dict | None, samples: dict | None) -> dict:
     return row
 
 
+def collapse_main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="eval.py collapse", allow_abbrev=False,
+        description="Have the learned embeddings of CATDM, CADD or Difformer runs collapsed?")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--split", default="valid", choices=("train", "valid", "test"))
+    parser.add_argument("--data_dir", default="data", help="where datasets are")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--out", type=Path, help="where the pictures go (default: the first run)")
+    args = parser.parse_args(argv)
+    flags = ["--split", args.split, "--data_dir", args.data_dir, "--device", args.device]
+    results = {}
+    for run in args.runs:
+        method = method_of(run)
+        script = importlib.import_module(method) if method in METHODS else None
+        if not hasattr(script, "probe"):
+            raise RunError(f"{run}: {method} learns no embeddings that are diffused")
+        name = str(run) if run.name in results else run.name
+        results[name] = collapse(script.probe(str(run), flags))
+    folder = args.out or args.runs[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    print(table([collapse_row(run, result) for run, result in results.items()]))
+    common.write_json(folder / "collapse.json",
+                      {run: {"figures": result["figures"]} | {
+                          k: result["curves"][k].tolist() for k in ("times", "ce", "dgs", "axes")}
+                       for run, result in results.items()})
+    for path in draw_collapse(results, folder):
+        print(path)
+
+
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["collapse"]:
+        return collapse_main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="eval.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -320,9 +491,10 @@ def main(argv: list[str] | None = None) -> None:
             samples = score_samples(read_samples(file), data)
         rows.append(row_of(name, result, samples))
         if (histograms := path / "histograms.npz").exists():
+            import vadd
             with np.load(histograms) as file:
                 own = {int(T): file[T].astype(np.float64) for T in file.files}
-            toys[dataset], seen = toy_rows(load_dataset(dataset), own, name, TOY_POINTS)
+            toys[dataset], seen = vadd.toy_rows(load_dataset(dataset), own, name, TOY_POINTS)
             rows[-1] |= toy_columns(toys[dataset][name])
             pictures.setdefault(dataset, [path, *seen[:2]]).append(seen[2])
     for (dataset, _), data in sets.items():
@@ -332,7 +504,7 @@ def main(argv: list[str] | None = None) -> None:
                  ("data", "mdlm at best")]
     print(table(rows))
     for dataset, (folder, *histograms) in pictures.items():
-        save_histograms(folder / "side-by-side.png", [histograms])
+        vadd.save_histograms(folder / "side-by-side.png", [histograms])
         print(f"{folder / 'side-by-side.png'}: {dataset}, MDLM at best, then the runs above")
 
 

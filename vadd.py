@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import common
 from common import RunError, arg
-from data import TOYS, TextData, load_dataset
+from data import TOY_BINS, TOYS, TextData, load_dataset
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -602,6 +602,89 @@ def evaluate(model: VADD, cfg: Config, data: TextData, place: common.Setup) -> d
 
 
 # ---------------------------------------------------------------------------------------------
+# Toys: points on a grid of 100 x 100 bins
+# ---------------------------------------------------------------------------------------------
+
+TOY_STEPS = (1, 5, 10, 20)  # VADD's Table 1 and Figure 6
+
+
+def histogram(ids: np.ndarray) -> np.ndarray:
+    """Points (n, 2) of bins -> frequencies (100, 100), float64."""
+    cell = ids[:, 0].astype(np.int64) * TOY_BINS + ids[:, 1]
+    counts = np.bincount(cell, minlength=TOY_BINS**2)
+    return counts.reshape(TOY_BINS, TOY_BINS) / len(ids)
+
+
+def histogram_entropy(p: np.ndarray) -> float:
+    """In nats."""
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+def jeffreys(p: np.ndarray, q: np.ndarray, floor: float = 1e-6) -> float:
+    """[KL(p || q) + KL(q || p)] / 2 in nats, with `floor` added inside each logarithm.
+
+    What VADD's Table 1 calls "JS divergence": it has values above ln 2, which no Jensen-Shannon
+    divergence can have, and this formula gives the table's MDLM rows.
+    """
+    return float(0.5 * ((p - q) * (np.log(p + floor) - np.log(q + floor))).sum())
+
+
+def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
+    """Jensen-Shannon divergence in nats, at most ln 2."""
+    return histogram_entropy((p + q) / 2) - (histogram_entropy(p) + histogram_entropy(q)) / 2
+
+
+def perfect_mdm(p: np.ndarray, steps: int) -> np.ndarray:
+    """What an MDM with the exact conditionals of p samples in `steps` steps: (100, 100).
+
+    With probability 1/steps both positions are revealed in one step, each from its own marginal;
+    else the second one is drawn given the first, and the pair is right.
+    """
+    product = np.outer(p.sum(1), p.sum(0))
+    return product / steps + p * (1 - 1 / steps)
+
+
+def toy_rows(
+    data: TextData, own: dict[int, np.ndarray], name: str, n: int
+) -> tuple[dict[str, dict], list[np.ndarray]]:
+    """Divergences from the training points' histogram, and three histograms to look at.
+
+    `own` are histograms of n samples by the number of steps. Row "data" is the valid split: what
+    a perfect model would get, for sampling noise alone keeps it from 0. Row "mdlm at best" is n
+    draws of `perfect_mdm`. The histograms: data, mdlm at best, own, for the first number of steps.
+    """
+    p, rng = histogram(data.splits["train"]), np.random.default_rng(0)
+    fresh = histogram(data.splits["valid"])
+    best = {T: rng.multinomial(n, perfect_mdm(p, T).ravel()).reshape(p.shape) / n for T in own}
+    rows = {row: {T: {"jeffreys_1e-6": jeffreys(p, q[T]), "js": jensen_shannon(p, q[T])}
+                  for T in own}
+            for row, q in {"data": dict.fromkeys(own, fresh), "mdlm at best": best,
+                           name: own}.items()}
+    first = next(iter(own))
+    return rows, [p, best[first], own[first]]
+
+
+def toy_table(rows: dict[str, dict]) -> str:
+    """`toy_rows` as lines of text."""
+    steps = list(next(iter(rows.values())))
+    lines = ["jeffreys_1e-6 (JS) in nats, by sampling steps:",
+             f"{'':15s}" + "".join(f"{T:>16}" for T in steps)]
+    lines += [f"{name:15s}" + "".join(f"{v['jeffreys_1e-6']:8.3f} ({v['js']:.3f})"
+                                      for v in row.values()) for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def save_histograms(path: Path, rows: list[list[np.ndarray]]) -> None:
+    """A picture of histograms side by side, one row per list; dark is frequent, y points up."""
+    from torchvision.utils import save_image
+    shades = [1 - torch.from_numpy(p / np.quantile(p[p > 0], 0.99)).clamp(0, 1).T.flip(0)
+              for row in rows for p in row]
+    image = torch.stack(shades)[:, None].float()                      # (n, 1, 100, 100)
+    image = image.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    save_image(image, path, nrow=len(rows[0]), padding=8, pad_value=0.5)
+
+
+# ---------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------
 
@@ -793,13 +876,12 @@ def train(cfg: Config, place: common.Setup) -> None:
 
 def report(model, ema, cfg: Config, data: TextData, place, step: int, seconds: float, info) -> None:
     """Evaluate and sample with the averaged weights; print and write result.json."""
-    import eval as metrics  # the toys' metrics; eval.py imports this file in its turn
     result = dict(method=name_of(cfg), dataset=cfg.dataset, step=step,
                   train_seconds=round(seconds, 1), config=dataclasses.asdict(cfg), **info)
     with ema.swapped_in():
         result["figures"] = evaluate(model, cfg, data, place)
         if place.is_main and data.unit == "bin":
-            result["toy"] = sample_toy(model, cfg, data, place, metrics.TOY_STEPS)
+            result["toy"] = sample_toy(model, cfg, data, place, TOY_STEPS)
         elif place.is_main:
             for row in draw_texts(model, cfg, data, place):
                 print(f"\n--- sample\n{row['text']}")
@@ -813,8 +895,8 @@ def report(model, ema, cfg: Config, data: TextData, place, step: int, seconds: f
         print(f"entropy of {data.name}/{cfg.split}: unigram {unigram:.3f}, bigram {bigram:.3f} "
               f"bits/{data.unit}")
     elif data.unit == "bin":
-        p = metrics.histogram(data.splits[cfg.split])
-        result["data_entropy_nats"] = metrics.histogram_entropy(p)
+        p = histogram(data.splits[cfg.split])
+        result["data_entropy_nats"] = histogram_entropy(p)
         print(f"entropy of {data.name}/{cfg.split}: {result['data_entropy_nats']:.3f} nats")
     for name, f in result["figures"].items():
         note = "" if f["is_bound"] else "  (the paper's figure: no bound)"
@@ -864,14 +946,13 @@ def sample_toy(
 
     Prints the table, writes histograms.npz and samples.png; returns {row: {steps: divergences}}.
     """
-    import eval as metrics
     out = Path(cfg.out)
-    own = {T: metrics.histogram(draw(model, cfg, data.length, T, place).numpy()) for T in steps}
-    rows, shown = metrics.toy_rows(data, own, name_of(cfg), cfg.samples)
+    own = {T: histogram(draw(model, cfg, data.length, T, place).numpy()) for T in steps}
+    rows, shown = toy_rows(data, own, name_of(cfg), cfg.samples)
     np.savez_compressed(out / "histograms.npz", **{str(T): p.astype(np.float32)
                                                    for T, p in own.items()})
-    metrics.save_histograms(out / "samples.png", [shown])
-    print(metrics.toy_table(rows))
+    save_histograms(out / "samples.png", [shown])
+    print(toy_table(rows))
     print(f"{out / 'samples.png'}: data, MDLM at best, {name_of(cfg)}; {steps[0]} step"
           f"{'s' if steps[0] > 1 else ''}")
     return rows

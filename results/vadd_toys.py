@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
-import eval as metrics  # noqa: E402
 import vadd  # noqa: E402
-from data import TOYS, load_toy  # noqa: E402
+from data import TOY_BINS, TOYS, load_toy  # noqa: E402
+from eval import table  # noqa: E402
 
 METHODS = {"mdlm": ["--latent_dim", "0"], "vadd": [], "vadd-informed": ["--prior", "informed"]}
 GRAPH = 10  # steps per CUDA graph
@@ -87,7 +87,7 @@ class Stack:
         self.cfg, self.place, self.models = cfgs[0], place, []
         for cfg in cfgs:
             torch.manual_seed(cfg.seed)
-            self.models.append(vadd.VADD(cfg, metrics.TOY_BINS).to(place.device))
+            self.models.append(vadd.VADD(cfg, TOY_BINS).to(place.device))
         params, _ = stack_module_state(self.models)
         self.params = {k: v.detach().requires_grad_() for k, v in params.items()}   # (R, ...) each
         on_cuda, skeleton = place.device.type == "cuda", self.models[0]
@@ -141,7 +141,7 @@ class Stack:
         """Model r with its trained weights, and its optimizer's state as vadd.py keeps it."""
         model = self.models[r]
         model.load_state_dict({k: v[r].detach() for k, v in self.params.items()})
-        _, _, optimizer, _ = vadd.build(self.cfg, metrics.TOY_BINS, self.place)
+        _, _, optimizer, _ = vadd.build(self.cfg, TOY_BINS, self.place)
         state = optimizer.state_dict()
         for i, mine in enumerate(self.optimizer.state.values()):
             state["state"][i] = dict(step=mine["step"].detach().float().cpu(),
@@ -247,13 +247,13 @@ def main(argv: list[str] | None = None) -> None:
     rows, folder = summary(results), Path(args.results)
     folder.mkdir(parents=True, exist_ok=True)
     common.write_json(folder / "vadd-toys.json", dict(rows=rows, runs=results))
-    print("\n" + metrics.table(rows))
+    print("\n" + table(rows))
     pictures = []
     for toy in TOYS:
         own = [np.load(Path(cfg.out) / "histograms.npz")["1"] for cfg in found
                if (cfg.dataset, cfg.seed) == (toy, 0)]
-        pictures.append([metrics.histogram(load_toy(toy).splits["train"]), *own])
-    metrics.save_histograms(folder / "vadd-toys.png", pictures)
+        pictures.append([vadd.histogram(load_toy(toy).splits["train"]), *own])
+    vadd.save_histograms(folder / "vadd-toys.png", pictures)
     names = ", ".join(dict.fromkeys(result["method"] for result in results))
     print(f"\n{folder / 'vadd-toys.png'}: data, {names}; one step")
 
