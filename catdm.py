@@ -32,7 +32,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ class Config(common.RunConfig):
                       fixed=True)
     vocab: int = arg(10_000, "translation: tokens of the joint byte-pair encoding", 260, 10**6,
                      fixed=True)
+    lower: bool = arg(False, "translation: lower-case all text", fixed=True)
     max_number: int = arg(9999, "numbers: the largest", 20, 999_999, fixed=True)
     batch_tokens: int = arg(8192, "translation: tokens of the sentences that make up a step", 8,
                             10**8, fixed=True)
@@ -144,49 +145,47 @@ class Config(common.RunConfig):
         return "pairs" if self.dataset in PAIRS else "text"
 
 
-ARRAYS, PAIRS = ("ffhq", "lsun", "imagenet"), ("numbers", "multi30k")
-_SMALL_TEXT = dict(length=256, embed_dim=128, dim=384, depth=6, heads=6, batch_size=64,
-                   micro_batch=64, steps=20_000, lr=1e-3, warmup=500, beta2=0.99,
-                   weight_decay=0.0, samples=4)
+ARRAYS, PAIRS = ("ffhq", "lsun", "imagenet"), ("numbers", "multi30k", "iwslt14", "wmt14")
+_SMALL_TEXT = dict(embed_dim=128, dim=384, depth=6, heads=6, batch_size=64, micro_batch=64,
+                   steps=20_000, lr=1e-3, warmup=500, beta2=0.99, weight_decay=0.0, samples=4)
+_PAIRS = dict(embed_dim=128, ffn=1024, depth=6, heads=4, dropout=0.3, micro_batch=2048,
+              steps=300_000, lr=5e-4, lr_schedule="inverse_sqrt", warmup=10_000, beta2=0.98,
+              weight_decay=0.01, ema=0.999, sample_steps=20, samples=4, sample_batch=256)
 PRESETS: dict[str, dict] = {
-    # one CPU core, three minutes
-    "glyphs": dict(embed_dim=32, dim=96, depth=3, heads=4, dropout=0.0, init_std=0.0,
-                   batch_size=32, micro_batch=32, steps=1000, lr=3e-3, warmup=50,
+    # one CPU core, three minutes. A short run needs a young teacher: see README
+    "glyphs": dict(embed_dim=32, dim=96, depth=3, heads=4, dropout=0.0, init_std=0.0, teacher=0.5,
+                   shift=-2.0, batch_size=32, micro_batch=32, steps=1200, lr=3e-3, warmup=50,
                    lr_schedule="cosine", beta2=0.99, weight_decay=0.0, ema=0.99, samples=128,
                    sample_steps=20, sample_batch=128, log_every=20, save_every=500,
-                   eval_sequences=500, eval_draws=4, recon_share=0.25),
-    "mnist": dict(dim=256, depth=6, heads=8, init_std=0.0, batch_size=256, micro_batch=256,
-                  steps=20_000, lr=1e-3, lr_schedule="cosine", beta2=0.99, weight_decay=0.0,
-                  ema=0.999, sample_steps=50, samples=160, sample_batch=512),
+                   eval_sequences=500, recon_share=0.25),
+    "mnist": dict(dim=256, depth=6, init_std=0.0, batch_size=256, micro_batch=256, steps=20_000,
+                  lr=1e-3, lr_schedule="cosine", beta2=0.99, weight_decay=0.0, ema=0.999,
+                  sample_steps=50, samples=160, sample_batch=512),
     "ffhq": {},  # Tables 1, 2 and 4 to 8: 500 epochs of 70K images
     "lsun": dict(steps=98_000),  # Churches: 100 epochs of 126K; Bedrooms: 500 of 3M
     "imagenet": dict(dim=768, depth=24, heads=16, steps=5_000_000, sample_steps=50),  # Table 3
-    # text: CADD's networks, steps and batches, so that figures compare
-    "pydoc": dict(length=64, embed_dim=64, dim=96, depth=3, heads=3, dropout=0.0, batch_size=32,
-                  micro_batch=32, steps=1000, lr=3e-3, warmup=100, lr_schedule="cosine",
-                  beta2=0.99, weight_decay=0.0, ema=0.99, samples=4, sample_steps=64, log_every=20,
-                  save_every=200, eval_draws=4, recon_share=0.25),
+    # text: CADD's networks, batches and steps, so that figures compare
+    "pydoc": dict(length=64, embed_dim=64, dim=96, depth=3, heads=3, dropout=0.0, teacher=0.5,
+                  batch_size=32, micro_batch=32, steps=1000, lr=3e-3, warmup=100,
+                  lr_schedule="cosine", beta2=0.99, weight_decay=0.0, ema=0.99, samples=4,
+                  sample_steps=64, log_every=20, save_every=200, recon_share=0.25),
     "pycode": _SMALL_TEXT,
     "shakespeare": _SMALL_TEXT | dict(dropout=0.2, steps=5000, warmup=100, lr_schedule="cosine",
                                       ema=0.999, save_every=500),
-    "text8": dict(length=256, dim=768, depth=12, heads=12, batch_size=512, micro_batch=256,
-                  steps=343_000, lr=3e-4, warmup=2500, beta2=0.999, weight_decay=0.0,
-                  samples=4),  # B.2
-    "english27": dict(length=256, dim=768, depth=12, heads=12, dropout=0.0, batch_size=256,
-                      micro_batch=256, steps=5000, lr=6e-4, lr_schedule="cosine", warmup=300,
-                      beta2=0.99, weight_decay=0.0, ema=0.999, samples=4, log_every=100,
-                      sample_batch=256),
+    "text8": dict(dim=768, depth=12, heads=12, batch_size=512, micro_batch=256, steps=343_000,
+                  lr=3e-4, warmup=2500, beta2=0.999, weight_decay=0.0, samples=4),  # B.2
+    "english27": dict(dim=768, depth=12, heads=12, dropout=0.0, batch_size=256, micro_batch=256,
+                      steps=5000, lr=6e-4, lr_schedule="cosine", warmup=300, beta2=0.99,
+                      weight_decay=0.0, ema=0.999, samples=4, log_every=100, sample_batch=256),
     "path": _SMALL_TEXT,
-    # translation (B.3): D = 128, Difformer's networks, optimiser and batches
+    # translation (B.3): Difformer's networks, optimiser and batches
     "numbers": dict(vocab=400, length=32, embed_dim=64, dim=128, ffn=256, depth=2, heads=4,
-                    dropout=0.0, init_std=0.0, batch_tokens=1024, micro_batch=512, steps=1000,
-                    lr=1e-3, warmup=200, lr_schedule="cosine", beta2=0.98, weight_decay=0.01,
-                    ema=0.99, teacher=0.9, sample_steps=20, samples=4, log_every=50,
-                    save_every=500),
-    "multi30k": dict(vocab=10_000, length=128, embed_dim=128, dim=512, ffn=1024, depth=6, heads=4,
-                     dropout=0.3, batch_tokens=8192, micro_batch=2048, steps=30_000, lr=5e-4,
-                     warmup=4000, lr_schedule="inverse_sqrt", beta2=0.98, weight_decay=0.01,
-                     ema=0.999, sample_steps=20, samples=4, sample_batch=256),
+                    dropout=0.0, init_std=0.0, teacher=0.5, batch_tokens=1024, steps=1000, lr=1e-3,
+                    warmup=200, lr_schedule="cosine", beta2=0.98, weight_decay=0.01, ema=0.99,
+                    sample_steps=20, samples=4, save_every=500, eval_sequences=200),
+    "multi30k": _PAIRS | dict(length=128, steps=15_000, warmup=1000, lr_schedule="cosine"),
+    "iwslt14": _PAIRS | dict(lower=True),
+    "wmt14": _PAIRS | dict(vocab=40_000, ffn=2048, heads=8, dropout=0.1, batch_tokens=65_536),
 }
 PRESETS["glyphs36"] = PRESETS["glyphs"]
 
@@ -597,7 +596,7 @@ def evaluate(model: Denoiser, cfg: Config, data: Data, place: common.Setup) -> d
                           unit=unit, draws=int(a), split=cfg.split, end=end)
                for name, a, b, c in zip(names, n, total, square)}
     if isinstance(data, PairData) and place.is_main:
-        pairs = data.texts[cfg.split][: cfg.eval_sequences or None]
+        pairs = data.pairs_of(cfg.split, cfg.eval_sequences or None)
         found = tqdm(translate(model, [a for a, _ in pairs], data, cfg, place), "translate",
                      len(pairs), leave=False, mininterval=quiet)
         rows = [row | {"reference": b} for row, (_, b) in zip(found, pairs)]
@@ -616,7 +615,8 @@ Data = ImageTokens | TextData | PairData
 
 def load(cfg: Config) -> Data:
     if cfg.task == "pairs":
-        return load_pairs(cfg.dataset, cfg.data_dir, cfg.length, cfg.vocab, cfg.max_number)
+        return load_pairs(cfg.dataset, cfg.data_dir, cfg.length, cfg.vocab, cfg.max_number,
+                          lower=cfg.lower)
     if cfg.task == "text":
         return load_dataset(cfg.dataset, cfg.data_dir, cfg.length)
     name = cfg.dataset
@@ -636,9 +636,8 @@ def eval_batches(cfg: Config, data: Data, place: common.Setup
     y, rows = None, data
     if not isinstance(data, TextData):  # x and y side by side
         if isinstance(data, PairData):
-            pairs = [[data.encode(text)[:data.length] for text in p] for p in data.texts[cfg.split]]
-            y, x = (Sentences.join(side).rows(np.arange(len(pairs)), most=data.length)
-                    for side in zip(*pairs))
+            pairs = data.pairs_of(cfg.split, cfg.eval_sequences or None)
+            y, x = (rows_of(side, data) for side in zip(*pairs))
         else:
             x, y = data.splits[cfg.split], data.labels[cfg.split]
         both = x if y is None else np.concatenate([x, y.reshape(len(y), -1)], 1)
@@ -649,6 +648,12 @@ def eval_batches(cfg: Config, data: Data, place: common.Setup
         given = None if y is None else ids[:, x.shape[1]:].squeeze(1) if y.ndim == 1 else (
             ids[:, x.shape[1]:])
         yield ids if y is None else ids[:, : x.shape[1]], given
+
+
+def rows_of(texts: Sequence[str], data: PairData) -> np.ndarray:
+    """Sentences (n,) as rows of ids (n, M), cut at the most tokens, PAD at the right."""
+    ids = [data.encode(text)[: data.length] for text in texts]
+    return Sentences.join(ids).rows(np.arange(len(ids)), data.length)
 
 
 def load_step(cfg: Config, data: Data, step: int, place: common.Setup) -> list[tuple]:
@@ -909,8 +914,7 @@ def translate(model: Denoiser, sources: list[str], data: PairData, cfg: Config,
     beams = cfg.length_beam * cfg.noise_beam
     for begin in range(0, len(sources), cfg.sample_batch):
         batch = sources[begin:begin + cfg.sample_batch]
-        y = Sentences.join([data.encode(text)[:data.length] for text in batch])
-        y = torch.from_numpy(y.rows(np.arange(len(batch)), most=data.length)).to(place.device)
+        y = torch.from_numpy(rows_of(batch, data)).to(place.device)
         with place.autocast():
             _, length = model.given(y, y != PAD)
             best = length.argmax(-1) - common.LENGTH_OFFSET + (y != PAD).sum(1)        # (b,)
@@ -966,7 +970,7 @@ def show_samples(model: Denoiser, cfg: Config, data: Data, place, result: dict |
     classifier."""
     out = Path(cfg.out)
     if cfg.task == "pairs":
-        sources = [a for a, _ in data.texts.get(cfg.split, [])[: cfg.samples]]
+        sources = [a for a, _ in data.pairs_of(cfg.split, cfg.samples)]
         if cfg.source:
             file = Path(cfg.source)
             sources = read_lines(file) if len(cfg.source) < 256 and file.is_file() else [cfg.source]
