@@ -52,11 +52,9 @@ import importlib
 import itertools
 import json
 import math
-import re
 import sys
 import textwrap
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Iterable, Sequence
 
@@ -133,69 +131,19 @@ def score_data(data: TextData, split: str, count: int = 256) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
-# Translations: hypotheses against one or more references
+# Translations
 # ---------------------------------------------------------------------------------------------
 
 
-def tokenise_13a(text: str) -> list[str]:
-    """Words and signs as mteval-v13a and sacreBLEU's default cut them."""
-    for pattern, by in ((r"([{-~\[-` -&(-+:-@/])", r" \1 "), (r"([^0-9])([.,])", r"\1 \2 "),
-                        (r"([.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
-        text = re.sub(pattern, by, text if text.startswith(" ") else f" {text} ")
-    return text.split()
-
-
-def ngrams(words: Sequence, n: int) -> Counter:
-    return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
-
-
-def bleu(hypotheses: Sequence[Sequence], references: Sequence[Sequence[Sequence]],
-         smooth: bool = False) -> float:
-    """Corpus BLEU-4 in [0, 1] (Papineni et al. 2002) of token lists; each has >= 1 references.
-
-    `smooth` adds one to both counts of n > 1 (Lin and Och 2004): for single sentences, which
-    often share no 4-gram with their reference.
-    """
-    hits, totals, length, reference_length = [0] * 4, [0] * 4, 0, 0
-    for hypothesis, several in zip(hypotheses, references, strict=True):
-        length += len(hypothesis)
-        reference_length += min((abs(len(r) - len(hypothesis)), len(r)) for r in several)[1]
-        for n in range(1, 5):
-            most: Counter = Counter()
-            for reference in several:
-                most |= ngrams(reference, n)
-            found = ngrams(hypothesis, n)
-            hits[n - 1] += (found & most).total()
-            totals[n - 1] += found.total()
-    if smooth:
-        hits[1:], totals[1:] = [h + 1 for h in hits[1:]], [t + 1 for t in totals[1:]]
-    if not min(hits):
-        return 0.0
-    brevity = min(0.0, 1 - reference_length / length)
-    return math.exp(brevity + sum(math.log(h / t) for h, t in zip(hits, totals)) / 4)
-
-
-def score_translations(rows: list[dict]) -> dict[str, dict]:
-    """Figures of {"text", "reference"} rows: exact matches, BLEU; sacreBLEU if it is installed."""
-    texts, references = [r["text"] for r in rows], [r["reference"] for r in rows]
-    if not rows:
-        raise RunError("there are no translations to score")
-    p = sum(t == r for t, r in zip(texts, references)) / len(rows)
-
-    def lower(lines: list[str]) -> list[list[str]]:
-        return [tokenise_13a(line.lower()) for line in lines]
-
-    figures = {
-        "exact": dict(value=100 * p, unit="%", stderr=100 * math.sqrt(p * (1 - p) / len(rows))),
-        "bleu": dict(value=100 * bleu(lower(texts), [[r] for r in lower(references)]),
-                     unit="lower case, 13a")}
+def sacrebleu(rows: list[dict]) -> dict[str, dict]:
+    """sacreBLEU's default figure with its signature, if the package is installed."""
     try:
         from sacrebleu.metrics import BLEU
     except ImportError:
-        return figures
+        return {}
     metric = BLEU()
-    value = metric.corpus_score(texts, [references]).score
-    return figures | {"sacrebleu": dict(value=value, unit=str(metric.get_signature()))}
+    score = metric.corpus_score([r["text"] for r in rows], [[r["reference"] for r in rows]]).score
+    return {"sacrebleu": dict(value=score, unit=str(metric.get_signature()))}
 
 
 # ---------------------------------------------------------------------------------------------
