@@ -554,7 +554,7 @@ def _flag_value(field: dataclasses.Field, text: str) -> Any:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of type {kind.__name__}") from None
     if choices is not None and value not in choices:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, choices))}")
     too_low = lo is not None and not value >= lo  # `not >=` also refuses nan
     if too_low or (hi is not None and value > hi):
         low, high = (x if isinstance(x, int) else f"{x:g}" for x in (lo, hi))
@@ -590,7 +590,7 @@ def parse_config(
         else:
             kwargs["type"] = lambda text, field=field: _flag_value(field, text)
             kwargs["metavar"] = (
-                "{" + ",".join(field.metadata["choices"]) + "}"
+                "{" + ",".join(map(str, field.metadata["choices"])) + "}"
                 if field.metadata["choices"] else type(field.default).__name__.upper()
             )
         parser.add_argument(f"--{field.name}", **kwargs)
