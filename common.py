@@ -124,6 +124,13 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.float(), x.shape[-1:], self.weight)
 
 
+def sinusoids(x: Tensor, d: int) -> Tensor:
+    """cos and sin (n, d) of x (n,) times d/2 frequencies from 1 to near 1e-4."""
+    freqs = torch.exp(-math.log(1e4) * torch.arange(d // 2, device=x.device) / (d // 2))
+    angles = x.float()[:, None] * freqs                               # (n, d/2)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
 class TimeEmbedding(nn.Module):
     """t (B,) in [0, 1] -> (B, d): 256 sines of 1000 t, two linear layers (DiT)."""
 
@@ -132,9 +139,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
 
     def forward(self, t: Tensor) -> Tensor:
-        freqs = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
-        angles = 1000.0 * t.float()[:, None] * freqs  # (B, 128)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+        return self.mlp(sinusoids(1000.0 * t, 256))
 
 
 class DiTBlock(nn.Module):
@@ -174,7 +179,8 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Token-sequence transformer: ids (B, L) or embeddings (B, L, d) -> features (B, L, d).
 
-    The head is the caller's, so that logits are computed only where they are needed. At
+    The head is the caller's, so that logits are computed only where they are needed; with rows = 0
+    so are the embeddings. At
     12 x 768 x 12 heads, cond_dim 128, 50,258 rows and an untied head of as many classes this is
     the 169.6M-parameter network of SEDD, MDLM and CADD.
     """
@@ -184,7 +190,7 @@ class DiT(nn.Module):
         length: int = 1024,
     ):
         super().__init__()
-        self.embed = nn.Embedding(rows, d)
+        self.embed = nn.Embedding(rows, d) if rows else None
         self.time = TimeEmbedding(cond_dim)
         self.blocks = nn.ModuleList(DiTBlock(d, heads, cond_dim, dropout) for _ in range(depth))
         self.norm = LayerNorm(d)
@@ -192,7 +198,8 @@ class DiT(nn.Module):
         self.register_buffer("rope", rope_table(length, d // heads), persistent=False)
         # Every block starts as the identity (adaLN-zero, DiT); embeddings start with standard
         # deviation d^-1/2 / sqrt(3), norm 0.58, as MDLM's; linear layers keep PyTorch's default.
-        nn.init.uniform_(self.embed.weight, -(d**-0.5), d**-0.5)
+        if rows:
+            nn.init.uniform_(self.embed.weight, -(d**-0.5), d**-0.5)
         for layer in [block.adaln for block in self.blocks] + [self.adaln]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -222,7 +229,7 @@ class DiT(nn.Module):
         """Model FLOPs of a training step (forward + backward = 3 x 2 MACs) per token, no head."""
         matmul = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
         matmul -= sum(block.adaln.weight.numel() for block in self.blocks)  # per sequence
-        return 6.0 * matmul + 12.0 * len(self.blocks) * L * self.embed.weight.shape[1]
+        return 6.0 * matmul + 12.0 * len(self.blocks) * L * len(self.norm.weight)
 
 
 class Attention(nn.Module):
@@ -233,13 +240,14 @@ class Attention(nn.Module):
         self.heads = heads
         self.q, self.kv, self.out = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
 
-    def forward(self, x: Tensor, memory: Tensor, real: Tensor) -> Tensor:
-        """real (B, M) is False at padding of the memory, which nobody sees."""
+    def forward(self, x: Tensor, memory: Tensor, real: Tensor | None = None) -> Tensor:
+        """real (B, M) is False at padding of the memory, which nobody sees; None: no padding."""
         B, L, d = x.shape
         q = self.q(x).view(B, L, self.heads, -1).transpose(1, 2)          # (B, heads, L, d_head)
         kv = self.kv(memory).view(B, memory.shape[1], 2, self.heads, -1)
         k, v = kv.transpose(1, 3).unbind(2)                               # (B, heads, M, d_head)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None])
+        mask = None if real is None else real[:, None, None]
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(h.transpose(1, 2).reshape(B, L, d))
 
 
@@ -280,6 +288,77 @@ def normal_init(module: nn.Module, std: float) -> None:
             nn.init.normal_(layer.weight, std=std or layer.in_features**-0.5)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+LENGTH_CLASSES, LENGTH_OFFSET = 256, 128  # class = target length - source length + 128
+
+
+class EncoderDecoder(nn.Module):
+    """Denoiser of a target sentence that sees the source: a post-norm transformer of width d
+    between embeddings of width e, and a head that predicts the target's length.
+
+    The embeddings are the caller's. `length` is the most tokens of a sentence; `self_condition`
+    gives the decoder a second input, its previous estimate.
+    """
+
+    def __init__(self, e: int, d: int, ffn: int, depth: int, heads: int, dropout: float,
+                 length: int, self_condition: bool = True, init_std: float = 0.02,
+                 place_std: float = 0.02):
+        super().__init__()
+        if d % heads:
+            raise RunError(f"--dim {d} must be a multiple of --heads {heads}")
+        self.d, self.dropout = d, dropout
+        self.source_in, self.target_in = (nn.Linear(e, d, bias=False) for _ in range(2))
+        self.out = nn.Linear(d, e, bias=False)
+        self.source_place, self.target_place = (nn.Embedding(length, d) for _ in range(2))
+        self.source_norm, self.target_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.time = nn.Sequential(nn.Linear(d, 4 * d), nn.ReLU(), nn.Linear(4 * d, d))
+        if self_condition:
+            self.previous = nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, d))
+        self.encoder, self.decoder = (
+            nn.ModuleList(PostNormBlock(d, heads, ffn, dropout, cross) for _ in range(depth))
+            for cross in (False, True))
+        self.length_head = nn.Linear(d, LENGTH_CLASSES)
+        normal_init(self, init_std)
+        for table in (self.source_place, self.target_place):
+            nn.init.normal_(table.weight, std=place_std)
+
+    def encode(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Source embeddings (B, M, e), real (B, M) False at padding -> states (B, M, d), length
+        logits (B, LENGTH_CLASSES) float32."""
+        h = self.source_in(x) + self.source_place.weight[: x.shape[1]]
+        h = F.dropout(self.source_norm(h), self.dropout, self.training)
+        for block in self.encoder:
+            h = block(h, real)
+        mean = (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        return h, self.length_head(mean).float()
+
+    def decode(self, z: Tensor, t: Tensor, previous: Tensor | None, real: Tensor, memory: Tensor,
+               memory_real: Tensor) -> Tensor:
+        """Estimate (B, N, e) float32 from noisy z (B, N, e), times t (B,) in [0, 1] and the
+        previous estimate; memory (B, M, d) are the encoder's states."""
+        freqs = torch.exp(-math.log(1e4) * torch.arange(self.d // 2, device=z.device)
+                          / (self.d // 2))
+        angles = 1000.0 * t[:, None] * freqs                               # (B, d / 2)
+        h = self.target_in(z)
+        if previous is not None:
+            h = self.previous(torch.cat([h, self.target_in(previous)], -1))
+        h = h + self.time(torch.cat([angles.cos(), angles.sin()], -1))[:, None]
+        h = self.target_norm(h + self.target_place.weight[: z.shape[1]])
+        h = F.dropout(h, self.dropout, self.training)
+        for block in self.decoder:
+            h = block(h, real, memory, memory_real)
+        return self.out(h).float()
+
+    def flops(self, M: int, N: int) -> tuple[float, float]:
+        """Model FLOPs of a forward and backward pass for one pair of M and N tokens: of encoder
+        and decoder, without the vocabulary head."""
+        sizes = [sum(m.weight.numel() for m in blocks.modules() if isinstance(m, nn.Linear))
+                 for blocks in (self.encoder, self.decoder)]
+        depth, d = len(self.encoder), self.d
+        key_value = depth * 2 * d * d  # the cross-attention's, on the source
+        return (6.0 * (M * sizes[0] + 2 * depth * d * M * M),
+                6.0 * (N * (sizes[1] - key_value) + M * key_value + 2 * depth * d * N * (N + M)))
 
 
 def _cross_entropy_chunk(h, w, b, target, scale, dw, db):
@@ -475,7 +554,7 @@ def _flag_value(field: dataclasses.Field, text: str) -> Any:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of type {kind.__name__}") from None
     if choices is not None and value not in choices:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, choices))}")
     too_low = lo is not None and not value >= lo  # `not >=` also refuses nan
     if too_low or (hi is not None and value > hi):
         low, high = (x if isinstance(x, int) else f"{x:g}" for x in (lo, hi))
@@ -511,7 +590,7 @@ def parse_config(
         else:
             kwargs["type"] = lambda text, field=field: _flag_value(field, text)
             kwargs["metavar"] = (
-                "{" + ",".join(field.metadata["choices"]) + "}"
+                "{" + ",".join(map(str, field.metadata["choices"])) + "}"
                 if field.metadata["choices"] else type(field.default).__name__.upper()
             )
         parser.add_argument(f"--{field.name}", **kwargs)
@@ -706,15 +785,17 @@ def restore_rng(states: list[dict], place: Setup, step: int) -> None:
 
 
 def environment(place: Setup) -> dict:
-    """Commit ($CATDIFF_COMMIT where there is no git), versions and hardware, for logs."""
+    """Commit ($CATDIFF_COMMIT if set, else what git says), versions and hardware, for logs."""
+    commit = os.environ.get("CATDIFF_COMMIT", "")
     git = ["git", "-C", str(Path(__file__).parent)]
+    run = dict(capture_output=True, text=True, check=True, timeout=10)
     try:
-        run = dict(capture_output=True, text=True, check=True, timeout=10)
-        commit = subprocess.run(git + ["rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        status = git + ["status", "--porcelain", "--untracked-files=no"]
-        commit += "+changes" if subprocess.run(status, **run).stdout.strip() else ""
+        if not commit:
+            commit = subprocess.run(git + ["rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+            status = git + ["status", "--porcelain", "--untracked-files=no"]
+            commit += "+changes" if subprocess.run(status, **run).stdout.strip() else ""
     except (OSError, subprocess.SubprocessError):
-        commit = os.environ.get("CATDIFF_COMMIT", "unknown")
+        commit = "unknown"
     if place.device.type == "cuda":
         hardware = f"{place.world} x {torch.cuda.get_device_name(place.device)}"
     else:

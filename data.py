@@ -1,5 +1,6 @@
-"""Text, toys and images as tokens: classes that hand out batches, and one recipe per data set.
+"""Text, toys, pairs of sentences, images as tokens: classes that hand out batches, and recipes.
 
+    python data.py multi30k                   # pairs: German and English captions
     python data.py pydoc                      # no download: prepares the set and describes it
     python data.py text8 --data_dir data      # downloads 31 MB
     python data.py my/folder                  # train / valid / test as .txt, .txt.xz or .npy
@@ -18,6 +19,7 @@ import functools
 import gzip
 import hashlib
 import heapq
+import html
 import importlib
 import io
 import itertools
@@ -25,6 +27,7 @@ import json
 import lzma
 import math
 import multiprocessing.pool
+import operator
 import os
 import pickle
 import random
@@ -776,7 +779,8 @@ def swissroll(rng: np.random.Generator, n: int) -> np.ndarray:
 
 def circles(rng: np.random.Generator, n: int) -> np.ndarray:
     """(n, 2): half of the points on a circle of radius 1, half on .5, Gaussian noise of .02."""
-    angle, radius = 2 * np.pi * rng.random(n), np.where(np.arange(n) % 2, 0.5, 1.0)
+    # Shuffled: evaluations take every so-manyth point, and both circles must be among them.
+    angle, radius = 2 * np.pi * rng.random(n), np.where(rng.permutation(n) % 2, 0.5, 1.0)
     ring = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
     return ring + 0.02 * rng.standard_normal((n, 2))
 
@@ -788,7 +792,7 @@ def load_toy(name: str) -> TextData:
     """A toy of VADD's section 5.1: rows (100,000, 2) of bins 0..99, drawn in a moment.
 
     Each axis is rescaled to [0, 1] by the training points' extremes and cut into 100 bins. The
-    train histograms' entropies: 8.492, 7.088, 7.418 nats; eight dark squares have ln 5000 = 8.517,
+    train histograms' entropies: 8.492, 7.088, 7.422 nats; eight dark squares have ln 5000 = 8.517,
     the rest is the bias of 100,000 counts in 5,000 cells.
     """
     draw, low, high, splits = TOYS[name], None, None, {}
@@ -885,35 +889,94 @@ def learn_bpe(texts: Iterable[str], size: int) -> list[str]:
 
 
 @dataclass
+class Sentences:
+    """Token sequences one after the other: sentence i is ids[starts[i]:starts[i + 1]]."""
+
+    ids: np.ndarray  # (tokens,) int32
+    starts: np.ndarray  # (n + 1,) int64
+
+    def __post_init__(self) -> None:
+        self.lengths = np.diff(self.starts)
+
+    @classmethod
+    def join(cls, sentences: Sequence[Sequence[int]]) -> "Sentences":
+        ids = np.fromiter(itertools.chain.from_iterable(sentences), np.int32)
+        return cls(ids, np.cumsum([0, *map(len, sentences)]))
+
+    @classmethod
+    def encode(cls, texts: Sequence[str], codec: BPECodec) -> "Sentences":
+        """BOS, tokens, EOS of each text; several threads work."""
+        parts = []
+        for some in groups(tqdm(texts, "tokenising", disable=len(texts) < 10**6), 100_000):
+            rows = codec.encoder.encode_ordinary_batch([text.strip() for text in some])
+            parts.append(cls.join([[BOS, *(i + SPECIALS for i in row), EOS] for row in rows]))
+        if not parts:
+            return cls.join([])
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(np.concatenate([p.ids for p in parts]), np.append(0, np.cumsum(lengths)))
+
+    def rows(self, index: np.ndarray, most: int = 10**9) -> np.ndarray:
+        """Sentences `index` (b,) as rows (b, L) int64, filled with PAD at the right. L is a
+        multiple of 8, which GPUs like, but at most `most`."""
+        lengths = self.lengths[index]
+        columns = np.arange(max(lengths.max(), min(-(-lengths.max() // 8) * 8, most)))
+        at = self.starts[index][:, None] + columns                          # (b, L)
+        ids = np.where(columns < lengths[:, None], self.ids.take(at, mode="clip"), PAD)
+        return ids.astype(np.int64)
+
+
+@dataclass
 class PairData:
     """Source and target sentences under one joint vocabulary of V = `vocab_size` ids.
 
-    Every sentence is BOS, its tokens, EOS; batches are filled up with PAD at the right.
+    Every sentence is BOS, its tokens, EOS; batches are filled up with PAD at the right. Training
+    pairs with an empty or too long side are left out.
     """
 
     name: str
     length: int  # most tokens of a sentence, BOS and EOS included
     codec: BPECodec
-    texts: dict[str, list[tuple[str, str]]]  # split -> (source, target)
-    _epochs: dict = field(default_factory=dict, repr=False)
+    train: tuple[Sentences, Sentences]  # source, target
+    texts: dict[str, list[tuple[str, str]]]  # "valid", "test" -> (source, target)
+    lower: bool = False  # lower-case what is encoded
+    _plan: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        """Encodes the training pairs; those with an empty or too long side are left out."""
         self.vocab_size = SPECIALS + len(self.codec.vocab)
-        pairs = [(self.encode(a), self.encode(b)) for a, b in self.texts.get("train", [])]
-        # an empty sentence is BOS EOS
-        self.train = [p for p in pairs if 2 < min(map(len, p)) and max(map(len, p)) <= self.length]
-        self.lengths = np.array([max(map(len, p)) for p in self.train])
-        if pairs and not self.train:
+        shortest, longest = (f(*(s.lengths for s in self.train)) for f in (np.minimum, np.maximum))
+        kept = (shortest > 2) & (longest <= self.length)  # an empty sentence is BOS EOS
+        self.kept = np.flatnonzero(kept)
+        self.pairs = len(self.kept)
+        self.longest = -(-longest[self.kept] // 8) * 8  # (pairs,)
+        if len(kept) and not self.pairs:
             raise DataError(f"{self.name}: no training pair has two sides of 1 to "
-                            f"{self.length - 2} tokens; raise --length")
-        if lost := len(pairs) - len(self.train):
-            print(f"{self.name}: {lost:,} of {len(pairs):,} training pairs are left out, a side "
+                            f"{self.length - 2} tokens; raise --max_length")
+        if lost := len(kept) - self.pairs:
+            print(f"{self.name}: {lost:,} of {len(kept):,} training pairs are left out, a side "
                   f"is empty or longer than {self.length - 2} tokens", file=sys.stderr)
+
+    def pairs_of(self, split: str, limit: int | None = None) -> list[tuple[str, str]]:
+        """Texts of the split's first pairs."""
+        if split != "train":
+            return self.texts.get(split, [])[:limit]
+        sides = ([self.decode(side.ids[side.starts[i] + 1:side.starts[i + 1]])
+                  for i in self.kept[:limit]] for side in self.train)
+        return list(zip(*sides))
 
     def encode(self, text: str) -> np.ndarray:
         """Text to BOS, tokens, EOS: (n,) int64."""
-        return np.concatenate([[BOS], self.codec.encode(text.strip()), [EOS]])
+        text = text.strip().lower() if self.lower else text.strip()
+        return np.concatenate([[BOS], self.codec.encode(text), [EOS]])
+
+    def rows(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts (b,) to rows of ids (b, L), filled with PAD; too long ones are cut, and named."""
+        encoded = [self.encode(text) for text in texts]
+        for i, ids in enumerate(encoded):
+            if len(ids) > self.length:
+                print(f"a sentence of {len(ids)} tokens is cut to --max_length {self.length}: "
+                      f"{texts[i][:40]!r}...", file=sys.stderr)
+                encoded[i] = np.append(ids[:self.length - 1], EOS)
+        return Sentences.join(encoded).rows(np.arange(len(texts)), self.length)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids (n,) to text, up to the first EOS."""
@@ -923,43 +986,44 @@ class PairData:
 
     def tokenizer(self) -> dict:
         """What a checkpoint keeps to translate alone."""
-        return {"name": self.name, "length": self.length, "vocab": self.codec.vocab}
+        return {"name": self.name, "length": self.length, "vocab": self.codec.vocab,
+                "lower": self.lower}
 
     @classmethod
     def from_tokenizer(cls, kept: dict) -> "PairData":
-        return cls(kept["name"], kept["length"], BPECodec(kept["vocab"]), {})
+        """To translate: without pairs."""
+        none = Sentences.join([])
+        return cls(kept["name"], kept["length"], BPECodec(kept["vocab"]), (none, none), {},
+                   kept["lower"])
 
-    def train_batch(self, seed: int, step: int, batch_size: int, indices: Sequence[int]
-                    ) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs `indices` of the global batch of `step`: sources (b, M), targets (b, N), int64.
+    def cuts(self, batch_tokens: int) -> list[int]:
+        """Where batches begin among the pairs in order of falling length, and the end: as many as
+        fit into batch_tokens when each is as long as its longer side's multiple of 8."""
+        falling, cuts = np.sort(self.longest)[::-1], [0]
+        while cuts[-1] < self.pairs:
+            cuts.append(cuts[-1] + max(1, batch_tokens // falling[cuts[-1]]))
+        return cuts
 
-        A function of its arguments alone. A batch holds sentences of similar length: each epoch is
-        shuffled, sorted by length within pools of 50 batches, cut, and the batches are shuffled.
-        M and N depend on the global batch, not on the part asked for.
+    def train_batch(self, seed: int, step: int, batch_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs of a step: sources (b, M), targets (b, N), int64; a function of its arguments.
+
+        A batch has pairs of similar length. Each epoch shuffles the pairs, sorts them by length,
+        cuts them into batches and shuffles those; every pair occurs, and the last batch is filled
+        up with pairs that occurred already.
         """
-        per_epoch = max(1, len(self.train) // batch_size)
-        epoch, place = divmod(step, per_epoch)
-        if (seed, epoch, batch_size) not in self._epochs:
+        if self._plan.get("tokens") != batch_tokens:
+            self._plan = {"tokens": batch_tokens, "cuts": self.cuts(batch_tokens)}
+        cuts = self._plan["cuts"]
+        epoch, place = divmod(step, len(cuts) - 1)
+        if self._plan.get("epoch") != (seed, epoch):
             rng = np.random.Generator(np.random.PCG64([seed, epoch]))
-            order = rng.permutation(len(self.train))
-            if len(order) < batch_size:  # a set smaller than a batch repeats
-                order = np.resize(order, batch_size)
-            pools = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
-            order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
-            cut = order[:per_epoch * batch_size].reshape(per_epoch, batch_size)
-            self._epochs.clear()
-            self._epochs[seed, epoch, batch_size] = rng.permutation(cut)
-        rows = self._epochs[seed, epoch, batch_size][place]
-        return tuple(pad_ids([self.train[r][side] for r in rows])[indices] for side in (0, 1))
-
-
-def pad_ids(sentences: Sequence[np.ndarray], multiple: int = 8) -> np.ndarray:
-    """Sentences (n,) to rows (b, L), filled with PAD; few different L keep compilers happy."""
-    L = -(-max(map(len, sentences)) // multiple) * multiple
-    rows = np.full((len(sentences), L), PAD, dtype=np.int64)
-    for row, sentence in zip(rows, sentences):
-        row[:len(sentence)] = sentence
-    return rows
+            order = rng.permutation(self.pairs)
+            self._plan |= {"epoch": (seed, epoch), "turns": rng.permutation(len(cuts) - 1),
+                           "order": order[np.argsort(-self.longest[order], kind="stable")]}
+        turn = self._plan["turns"][place]
+        end = min(cuts[turn + 1], self.pairs)
+        rows = self.kept[self._plan["order"][max(0, end - cuts[turn + 1] + cuts[turn]):end]]
+        return tuple(side.rows(rows, self.length) for side in self.train)
 
 
 GERMAN = ("null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn "
@@ -1049,11 +1113,11 @@ MULTI30K_SHA256 = {  # German, English; 29,000 / 1,014 / 1,000 captions of photo
                          "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9")}
 
 
-def multi30k_pairs(data_dir: Path) -> dict[str, list[tuple[str, str]]]:
+Pairs = list[tuple[str, str]]
+
+
+def multi30k_pairs(shop: Workshop) -> dict[str, Pairs]:
     """German and English captions (Elliott et al. 2016); test is test_2016_flickr."""
-    bases = [data_dir, cache_folder()]
-    downloads = next(base for base in bases if writable(base)) / "multi30k"
-    shop = Workshop([base / "multi30k" for base in bases], downloads, downloads, 0)
     pairs = {}
     for name, sums in MULTI30K_SHA256.items():
         files = [shop.fetch(f"{MULTI30K_URL}{name}.{language}.gz", sha256)
@@ -1062,31 +1126,303 @@ def multi30k_pairs(data_dir: Path) -> dict[str, list[tuple[str, str]]]:
     return {"train": pairs["train"], "valid": pairs["val"], "test": pairs["test_2016_flickr"]}
 
 
-def load_pairs(
-    name: str, data_dir: str | Path = "data", length: int = 256, vocab: int = 10_000,
-    max_number: int = 9999, files: dict[str, tuple[str, ...]] | None = None,
-) -> PairData:
-    """`numbers`, `multi30k`, or `files`: split -> (source file, target file). Raises DataError.
+def archived(archive: Path, source: str, target: str) -> Pairs:
+    """Pairs of lines of two files in a .tgz or .zip; of an .sgm or .xml file, its segments."""
+    found = {}
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                found = {name: file.read(name) for name in (source, target)}
+        else:
+            with tarfile.open(archive) as file:
+                for member in file:
+                    if (name := member.name.removeprefix("./")) in (source, target):
+                        found[name] = file.extractfile(member).read()
+        texts = [found[name].decode() for name in (source, target)]
+    except (KeyError, OSError, EOFError, UnicodeDecodeError, tarfile.TarError,
+            zipfile.BadZipFile) as error:
+        raise DataError(f"{archive} does not hold {source} and {target} ({error}); move it away "
+                        "to have it downloaded again") from error
+    sides = [re.findall(r"<seg[^>]*>(.*?)</seg>", text, re.S) if name.endswith((".sgm", ".xml"))
+             else text.removesuffix("\n").split("\n")
+             for name, text in zip((source, target), texts)]
+    if len(sides[0]) != len(sides[1]):
+        raise DataError(f"{archive}: {source} has {len(sides[0])} lines, {target} has "
+                        f"{len(sides[1])}")
+    return [(html.unescape(a).strip(), html.unescape(b).strip()) for a, b in zip(*sides)]
 
-    At most `vocab` tokens are learned on both sides of the training pairs. Without a valid file, a
-    twentieth of the training pairs is held out; without a test file, test is valid.
+
+IWSLT14_URL = "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
+IWSLT14_TEST = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
+
+
+def iwslt14_pairs(shop: Workshop) -> dict[str, Pairs]:
+    """TED talks, German to English, divided as is usual: every 23rd pair is held out to validate.
+
+    Pairs of more than 175 words, or 1.5 times as many on one side, are left out; words are
+    counted by `tokenise_13a` and not by Moses, so a few of the 160,215 + 7,282 differ. The archive
+    is taken as it comes (no checksum is published).
     """
+    path = shop.fetch(IWSLT14_URL)
+    pairs = []
+    for pair in archived(path, *(f"de-en/train.tags.de-en.{end}" for end in ("de", "en"))):
+        if re.match(r"<(url|talkid|keywords)>", pair[0]):
+            continue
+        pair = tuple(re.sub(r"</?(title|description)>", "", side).strip() for side in pair)
+        short, long = sorted(len(tokenise_13a(side)) for side in pair)
+        if 0 < short and long <= min(175, 1.5 * short):
+            pairs.append(pair)
+    test = [archived(path, *(f"de-en/IWSLT14.{name}.de-en.{end}.xml" for end in ("de", "en")))
+            for name in IWSLT14_TEST]
+    return {"train": [p for i, p in enumerate(pairs, 1) if i % 23],
+            "valid": pairs[22::23], "test": sum(test, [])}
+
+
+def wmt14_pairs(shop: Workshop) -> dict[str, Pairs]:
+    """English to German news: Europarl 7, Common Crawl, News Commentary 9; newstest2013 and 2014.
+
+    1.7 GB to download, taken as it comes (no checksums are published).
+    """
+    def part(url: str, name: str, ends: tuple = ("en", "de")) -> Pairs:
+        return archived(shop.fetch(url), *(name.format(end) for end in ends))
+
+    old, new = "https://www.statmt.org/wmt13/", "https://www.statmt.org/wmt14/"
+    train = part(old + "training-parallel-europarl-v7.tgz", "training/europarl-v7.de-en.{}")
+    train += part(old + "training-parallel-commoncrawl.tgz", "commoncrawl.de-en.{}")
+    train += part(new + "training-parallel-nc-v9.tgz", "training/news-commentary-v9.de-en.{}")
+    return {"train": train,
+            "valid": part("https://data.statmt.org/wmt17/translation-task/dev.tgz",
+                          "dev/newstest2013.{}"),
+            "test": part(new + "test-full.tgz", "test-full/newstest2014-deen-{}.sgm",
+                         ("src.en", "ref.de"))}
+
+
+def wmt16_pairs(shop: Workshop) -> dict[str, Pairs]:
+    """English to Romanian news: Europarl 8 and SETIMES 2; newsdev2016 and newstest2016.
+
+    Taken as it comes (no checksums are published).
+    """
+    url = "https://data.statmt.org/wmt16/translation-task/"
+    setimes = "https://object.pouta.csc.fi/OPUS-SETIMES/v2/moses/en-ro.txt.zip"
+    train = archived(shop.fetch(url + "training-parallel-ep-v8.tgz"), *(
+        f"training-parallel-ep-v8/europarl-v8.ro-en.{end}" for end in ("en", "ro")))
+    train += archived(shop.fetch(setimes), *(f"SETIMES.en-ro.{end}" for end in ("en", "ro")))
+    return {"train": train} | {
+        split: archived(shop.fetch(url + f"{file}.tgz"), *(
+            f"{file}/{name}2016-enro-{end}.sgm" for end in ("src.en", "ref.ro")))
+        for split, file, name in (("valid", "dev", "newsdev"), ("test", "test", "newstest"))}
+
+
+# What follows # is not sent to the server: it names the file.
+GIGAWORD_URL = ("https://drive.usercontent.google.com/download?export=download&confirm=t&"
+                "id=1USoQ8lJgN8kAWnUnRrupMGrPMLlDVqlV#/gigaword.zip")
+
+
+def gigaword_pairs(shop: Workshop) -> dict[str, Pairs]:
+    """First sentences of news and their headlines (Rush et al. 2015), tokenised and lower-cased.
+
+    280 MB to download, taken as it comes (no checksum is published).
+    """
+    path = shop.fetch(GIGAWORD_URL)
+    pairs = {split: archived(path, *(f"org_data/{file}.{end}.txt" for end in ("src", "tgt")))
+             for split, file in (("train", "train"), ("valid", "dev"), ("test", "test"))}
+    return {split: [tuple(side.replace("<unk>", "UNK") for side in pair) for pair in some]
+            for split, some in pairs.items()}
+
+
+def diffuseq_pairs(shop: Workshop) -> dict[str, Pairs]:
+    raise DataError(
+        f"{shop.downloads.name} has no download address: get train.jsonl, valid.jsonl and "
+        'test.jsonl with lines {"src": ..., "trg": ...} by the links in README of '
+        f"https://github.com/Shark-NLP/DiffuSeq and put them into {shop.downloads}")
+
+
+PAIR_SETS = {  # name -> the suffixes of prepared files, the recipe for raw ones
+    "multi30k": (("de", "en"), multi30k_pairs), "iwslt14": (("de", "en"), iwslt14_pairs),
+    "wmt14": (("en", "de"), wmt14_pairs), "wmt16": (("en", "ro"), wmt16_pairs),
+    "gigaword": (("src", "tgt"), gigaword_pairs), "qqp": (("src", "trg"), diffuseq_pairs),
+    "wiki_auto": (("src", "trg"), diffuseq_pairs), "quasar_t": (("src", "trg"), diffuseq_pairs)}
+
+
+WORTH_KEEPING = 20_000  # pairs; fewer are encoded faster than they are looked up
+
+
+def read_jsonl(path: Path) -> Pairs:
+    """DiffuSeq's format: {"src": ..., "trg": ...} on each line."""
+    try:
+        rows = [json.loads(line) for line in read_lines(path) if line.strip()]
+        return [(row["src"], row["trg"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{path}: each line must be {{"src": ..., "trg": ...}} ({error!r})'
+                        ) from error
+
+
+def find_pairs(folder: Path, ends: tuple[str, str]) -> dict[str, Pairs]:
+    """Prepared files: {train,valid,test}.jsonl, or pairs like train.de and train.en."""
+    found = {}
+    for split in ("train", "valid", "test"):
+        if (path := folder / f"{split}.jsonl").exists():
+            found[split] = read_jsonl(path)
+        elif (path := folder / f"{split}.{ends[0]}").exists():
+            found[split] = read_pairs(path, folder / f"{split}.{ends[1]}")
+    if "valid" in found and "train" not in found:
+        raise DataError(f"{folder} has valid pairs, but neither train.jsonl nor train.{ends[0]}")
+    return found
+
+
+def load_texts_of(name: str, bases: list[Path], max_number: int, files: dict[str, tuple],
+                  distilled: str = "") -> dict[str, Pairs]:
+    """All three splits. Without valid pairs a twentieth of the training pairs is held out;
+    without test pairs test is valid."""
+    def distil(texts: dict[str, Pairs]) -> dict[str, Pairs]:
+        if not distilled:
+            return texts
+        targets = read_lines(Path(distilled))
+        if len(targets) != len(texts["train"]):
+            raise DataError(f"{distilled} has {len(targets)} lines for {len(texts['train'])} "
+                            "training pairs: line i must belong to pair i")
+        return texts | {"train": [(a, b) for (a, _), b in zip(texts["train"], targets)]}
+
     if name == "numbers":
-        texts = number_pairs(max_number)
-    elif name == "multi30k":
-        texts = multi30k_pairs(Path(data_dir))
-    else:
-        texts = {split: read_pairs(*pair) for split, pair in (files or {}).items() if pair}
+        return distil(number_pairs(max_number))
+    if name == "files":
+        texts = {split: read_pairs(*pair) for split, pair in files.items() if pair}
         if "train" not in texts:
             raise DataError("give the training pairs as two files: --train a.de a.en")
-        if "valid" not in texts:
-            pairs = texts["train"]
-            random.Random(0).shuffle(pairs)
-            held = min(1000, max(1, len(pairs) // 20))
-            texts |= {"valid": pairs[:held], "train": pairs[held:]}
-        texts.setdefault("test", texts["valid"])
+    else:
+        ends, recipe = PAIR_SETS[name]
+        folders = [base / name for base in bases]
+        texts = next(filter(None, (find_pairs(folder, ends) for folder in folders)), None)
+        if texts is None:
+            downloads = next(folder for folder in folders if writable(folder))
+            texts = recipe(Workshop(folders, downloads, downloads, 0))
+    texts = distil(texts)
+    if "valid" not in texts:
+        pairs = texts["train"]
+        random.Random(0).shuffle(pairs)
+        held = min(1000, max(1, len(pairs) // 20))
+        texts |= {"valid": pairs[:held], "train": pairs[held:]}
+    texts.setdefault("test", texts["valid"])
+    return {split: texts[split] for split in ("train", "valid", "test")}
+
+
+def load_pairs(
+    name: str, data_dir: str | Path = "data", length: int = 256, vocab: int = 10_000,
+    max_number: int = 9999, files: dict[str, tuple[str, ...]] | None = None, lower: bool = False,
+    distilled: str = "",
+) -> PairData:
+    """`numbers`, one of PAIR_SETS, or `files`: split -> (source file, target file).
+
+    At most `vocab` tokens are learned on both sides of the training pairs. Line i of the file
+    `distilled` takes the place of training target i. Prepared files in data_dir/NAME
+    (`find_pairs`) come before downloads. A large set is encoded once and kept in the cache folder
+    until one of its files changes. Raises DataError.
+    """
+    bases, files = [Path(data_dir), cache_folder()], files or {}
+
+    def kept() -> Path:
+        """Where the encoded set is, by its files' names, sizes and times."""
+        own = [Path(distilled)] if distilled else []
+        own += [Path(file) for pair in files.values() for file in pair]
+        own += [file for base in bases for file in sorted((base / name).glob("*"))]
+        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)
+                 for f in own if f.is_file() and not f.name.startswith(".")]
+        what = json.dumps([name, vocab, max_number, lower, stats])
+        return cache_folder() / "pairs" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.npz"
+
+    if (path := kept()).exists():
+        with np.load(path) as file:
+            train = tuple(Sentences(file[f"ids{i}"], file[f"starts{i}"]) for i in (0, 1))
+            words, texts = (json.loads(str(file[key])) for key in ("vocab", "texts"))
+        return PairData(name, length, BPECodec(words), train,
+                        {split: [tuple(p) for p in pairs] for split, pairs in texts.items()}, lower)
+    texts = load_texts_of(name, bases, max_number, files, distilled)
+    if lower:
+        texts = {split: [(a.lower(), b.lower()) for a, b in pairs]
+                 for split, pairs in texts.items()}
     codec = BPECodec(learn_bpe(itertools.chain.from_iterable(texts["train"]), vocab - SPECIALS))
-    return PairData(name, length, codec, texts)
+    train = tuple(Sentences.encode(side, codec) for side in zip(*texts.pop("train")))
+    path = kept()  # with the files that were just downloaded
+    if len(train[0].lengths) >= WORTH_KEEPING and writable(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.npz")
+        np.savez(temporary, vocab=json.dumps(codec.vocab), texts=json.dumps(texts),
+                 **{f"ids{i}": s.ids for i, s in enumerate(train)},
+                 **{f"starts{i}": s.starts for i, s in enumerate(train)})
+        os.replace(temporary, path)
+    return PairData(name, length, codec, train, texts, lower)
+
+
+def tokenise_13a(text: str) -> list[str]:
+    """Words and signs as mteval-v13a and sacreBLEU's default cut them."""
+    for pattern, by in ((r"([{-~\[-` -&(-+:-@/])", r" \1 "), (r"([^0-9])([.,])", r"\1 \2 "),
+                        (r"([.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
+        text = re.sub(pattern, by, text if text.startswith(" ") else f" {text} ")
+    return text.split()
+
+
+def ngrams(words: Sequence) -> list[Counter]:
+    """Counts of the 1-, 2-, 3- and 4-grams."""
+    return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, 5)]
+
+
+def bleu_of_counts(hits: list[int], totals: list[int], length: int, reference_length: int,
+                   smooth: bool = False) -> float:
+    """BLEU-4 in [0, 1] (Papineni et al. 2002) from the n-grams that match and all, n = 1..4.
+
+    `smooth` adds one to both counts of n > 1 (Lin and Och 2004): for single sentences, which
+    often share no 4-gram with their reference.
+    """
+    if smooth:
+        hits, totals = ([x[0], *(n + 1 for n in x[1:])] for x in (hits, totals))
+    if not min(hits):
+        return 0.0
+    brevity = min(0.0, 1 - reference_length / length)
+    return math.exp(brevity + sum(math.log(h / t) for h, t in zip(hits, totals)) / 4)
+
+
+def bleu(hypotheses: Sequence[Sequence], references: Sequence[Sequence[Sequence]],
+         smooth: bool = False) -> float:
+    """Corpus BLEU-4 in [0, 1] of token lists; each has one or more references."""
+    hits, totals, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    for hypothesis, several in zip(hypotheses, references, strict=True):
+        length += len(hypothesis)
+        reference_length += min((abs(len(r) - len(hypothesis)), len(r)) for r in several)[1]
+        for n, (found, *known) in enumerate(zip(*map(ngrams, [hypothesis, *several]))):
+            most = functools.reduce(operator.or_, known)  # of each n-gram, in any one reference
+            hits[n] += (found & most).total()
+            totals[n] += found.total()
+    return bleu_of_counts(hits, totals, length, reference_length, smooth)
+
+
+def score_translations(rows: Sequence[dict]) -> dict[str, dict]:
+    """Figures of {"text", "reference"} rows: exact matches and corpus BLEU, lower-cased and
+    tokenised. eval.py has more."""
+    if not rows:
+        raise DataError("there are no translations to score")
+    texts, references = ([tokenise_13a(row[k].lower()) for row in rows]
+                         for k in ("text", "reference"))
+    p = sum(row["text"] == row["reference"] for row in rows) / len(rows)
+    return {
+        "exact": dict(value=100 * p, unit="%", stderr=100 * math.sqrt(p * (1 - p) / len(rows))),
+        "bleu": dict(value=100 * bleu(texts, [[r] for r in references]), unit="lower case, 13a")}
+
+
+def choose(candidates: Sequence[Sequence[int]]) -> int:
+    """Minimum Bayes risk: which candidate (token ids) has the best mean sentence BLEU with the
+    others. Paper: or by an autoregressive model's likelihood, as its published scripts do."""
+    several = Counter(map(tuple, candidates))
+    if len(several) == 1:
+        return 0
+    counts = {c: ngrams(c) for c in several}
+
+    def similar(c: tuple, o: tuple) -> float:
+        hits = [sum(min(k, b[g]) for g, k in a.items()) for a, b in zip(counts[c], counts[o])]
+        totals = [max(0, len(c) - n) for n in range(4)]
+        return bleu_of_counts(hits, totals, len(c), len(o), smooth=True)
+
+    value = {c: sum((n - (o == c)) * similar(c, o) for o, n in several.items()) for c in several}
+    return list(map(tuple, candidates)).index(max(value, key=value.get))
 
 
 # ---------------------------------------------------------------- images as tokens
@@ -1976,6 +2312,18 @@ def describe(data: TextData) -> None:
         print(f"entropy of valid: {one:.3f} bits per {data.unit}, {two:.3f} given the one before")
 
 
+def describe_pairs(data: PairData) -> None:
+    print(f"{data.name}: {data.vocab_size:,} joint byte-pair tokens; {data.pairs:,} train, "
+          + ", ".join(f"{len(pairs):,} {split}" for split, pairs in data.texts.items()) + " pairs")
+    for side, name in zip(data.train, ("source", "target")):
+        lengths = side.lengths[data.kept]
+        print(f"{name}: {lengths.mean():.1f} tokens a sentence with BOS and EOS, half have at most "
+              f"{np.median(lengths):.0f}, 99% at most {np.percentile(lengths, 99):.0f}")
+    source, target = data.texts["valid"][0]
+    for text in (source, target):
+        print(f"{text!r}\n  {'|'.join(data.codec.decode([i]) for i in data.encode(text)[1:-1])!r}")
+
+
 def describe_images(data: ImageTokens, folder: Path) -> None:
     rows, columns = data.shape
     print(f"{data.name}: {data.vocab_size} tokens, images of {rows} x {columns}, "
@@ -2021,7 +2369,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ", ".join([*DATASETS, *TOYS, *IMAGES])
+    names = ", ".join([*DATASETS, *TOYS, "numbers", *PAIR_SETS, *IMAGES])
     parser.add_argument("name", help=f"one of {names}, a folder, or a tokens.npy")
     parser.add_argument("--data_dir", default="data", help="where data sets are kept")
     parser.add_argument("--length", type=int, help="tokens per sequence (texts)")
@@ -2033,6 +2381,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.name in IMAGES or args.name.endswith(".npy"):
             images = load_images(args.name, args.data_dir, args.labels)
             describe_images(images, Path(args.data_dir))
+        elif args.name in ("numbers", *PAIR_SETS):
+            describe_pairs(load_pairs(args.name, args.data_dir, args.length or 256))
         else:
             describe(load_dataset(args.name, args.data_dir, args.length))
     except DataError as error:

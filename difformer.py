@@ -2,7 +2,7 @@
 
     python difformer.py                                     CPU, 4 minutes, nothing to download
     python difformer.py --mode sample --source "neunundneunzig" --show_steps
-    python difformer.py --mode dgs --schedule sqrt --vocab 10000 --embed_dim 128
+    python difformer.py --mode dgs --table 19               the noise that the paper found
     python difformer.py --dataset multi30k                  one GPU
     python difformer.py --train a.de a.en --valid b.de b.en your own pairs of sentences
 
@@ -27,6 +27,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -39,9 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
-import eval as metrics
 from common import RunError, arg
-from data import PAD, PairData, load_pairs, pad_ids, read_lines
+from data import (PAD, PAIR_SETS, PairData, bleu_of_counts, load_pairs, ngrams,
+                  read_lines, score_translations)
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -53,12 +54,14 @@ class Config(common.RunConfig):
     mode: str = arg("train", "what to do; sample translates, dgs searches F",
                     choices=("train", "sample", "eval", "bench", "dgs"))
     dataset: str = arg("numbers", "pairs of sentences; files: those of --train",
-                       choices=("numbers", "multi30k", "files"), fixed=True)
+                       choices=("numbers", *PAIR_SETS, "files"), fixed=True)
     train: tuple = arg((), "two files, line i of one translates line i of the other", fixed=True)
     valid: tuple = arg((), "the same for validation; none: held out of --train", fixed=True)
     test: tuple = arg((), "the same for testing; none: the valid pairs", fixed=True)
+    distilled: str = arg("", "file whose line i replaces training target i", fixed=True)
+    lower: bool = arg(False, "lower-case both sides", fixed=True)
     max_number: int = arg(9999, "numbers: the largest", 20, 999_999, fixed=True)
-    length: int = arg(256, "most tokens of a sentence", 4, 4096, fixed=True)
+    max_length: int = arg(256, "most tokens of a sentence", 4, 4096, fixed=True)
     vocab: int = arg(10_000, "tokens of the joint byte-pair encoding", 260, 10**6, fixed=True)
     # Noise
     T: int = arg(2000, "diffusion steps", 2, 10**6, fixed=True)
@@ -87,9 +90,9 @@ class Config(common.RunConfig):
     embed_std: float = arg(0.02, "initial embeddings and positions", 1e-6, 10, fixed=True)
     # Optimisation (Table 21)
     steps: int = arg(300_000, "training steps", 1, 10**9)
-    # Paper: batches of 64K tokens (IWSLT: 8K); ours have a number of sentences of similar length.
-    batch_size: int = arg(2048, "sentences per step, over all devices", 1, 10**7, fixed=True)
-    micro_batch: int = arg(512, "most sentences one device takes at once", 1, 10**7)
+    batch_tokens: int = arg(65_536, "tokens per step over all devices, counting each pair's "
+                            "longer side with its padding", 1, 10**9, fixed=True)
+    micro_tokens: int = arg(32_768, "most tokens one device takes at once", 1, 10**9)
     lr: float = arg(5e-4, "learning rate", 0, 10, fixed=True)
     lr_schedule: str = arg("inverse_sqrt", "after warm-up",
                            choices=("inverse_sqrt", "constant", "cosine"), fixed=True)
@@ -97,14 +100,14 @@ class Config(common.RunConfig):
     beta2: float = arg(0.98, "AdamW beta2 (beta1 is .9)", 0, 0.999999, fixed=True)
     weight_decay: float = arg(0.01, "AdamW weight decay", 0, 10, fixed=True)
     clip: float = arg(1.0, "gradient norm", 1e-6, 1e6, fixed=True)
-    # Paper: none; the average of the five best checkpoints. An EMA averages without choosing.
+    # Paper: none, but the average of the five best checkpoints. An EMA averages without choosing.
     ema: float = arg(0.999, "EMA decay", 0, 1, fixed=True)
     # Decoding
     K: int = arg(20, "decoding steps of the T", 1, 10**6)
     early_stop: int = arg(5, "the last so many of the K steps are left out", 0, 10**6)
     length_beam: int = arg(3, "b1: lengths tried, around the predicted one", 1, 256)
     noise_beam: int = arg(3, "b2: noises tried for each length", 1, 10**4)
-    length_shift: int = arg(0, "add this to the predicted number of tokens", -256, 256)
+    length: int = arg(0, "tokens of the output; 0: as many as the length head predicts", 0, 4096)
     clamp: bool = arg(False, "round z0-hat to the nearest embedding at each step")
     sample_batch: int = arg(64, "sentences decoded at once (times the beams)", 1, 10**6)
     source: str = arg("", "translate this text, or each line of this file")
@@ -114,18 +117,32 @@ class Config(common.RunConfig):
     # Evaluation
     split: str = arg("valid", "split to evaluate", choices=("train", "valid", "test"))
     eval_sequences: int = arg(0, "sentences to evaluate; 0: the whole split", 0, 10**9)
+    save: str = arg("", "file for the figures of --mode eval (default: eval.json in the run) and "
+                    "--mode dgs")
+    table: int = arg(0, "--mode dgs: all factors of Table 14, 17 or 19; 0: that of the flags",
+                     choices=(0, 14, 17, 19))
     bench_steps: int = arg(20, "timed steps of --mode bench", 1, 10**6)
 
 
-_IWSLT = dict(ffn=1024, heads=4, dropout=0.3, batch_size=320)  # transformer-iwslt-de-en, 8K tokens
-PRESETS: dict[str, dict] = {
+_IWSLT = dict(ffn=1024, heads=4, dropout=0.3, batch_tokens=8192)  # transformer-iwslt-de-en
+_WIDE = dict(dim=768, ffn=3072, heads=12)  # as DiffuSeq
+PRESETS: dict[str, dict] = {  # Table 21, but for the first two
     # two CPU cores, under four minutes
-    "numbers": dict(vocab=400, length=32, embed_dim=64, dim=128, ffn=256, depth=2, heads=4,
-                    dropout=0.0, init_std=0.0, embed_std=0.1, batch_size=64, micro_batch=64,
-                    steps=1000, lr=1e-3, warmup=200, lr_schedule="cosine", ema=0.99, log_every=50,
+    "numbers": dict(vocab=400, max_length=32, embed_dim=64, dim=128, ffn=256, depth=2, heads=4,
+                    dropout=0.0, init_std=0.0, embed_std=0.1, batch_tokens=1024, steps=800,
+                    lr=1e-3, warmup=200, lr_schedule="cosine", ema=0.99, log_every=50,
                     save_every=500),
-    "multi30k": dict(_IWSLT, length=128, steps=30_000, warmup=4000, sample_batch=128),
-    "files": dict(_IWSLT, length=256),
+    # some minutes of one H200
+    "multi30k": dict(_IWSLT, max_length=128, steps=15_000, warmup=1000, lr_schedule="cosine",
+                     sample_batch=500),
+    "iwslt14": dict(_IWSLT, lower=True),
+    "wmt14": dict(vocab=40_000),
+    "wmt16": dict(vocab=40_000),
+    "gigaword": dict(vocab=30_000),
+    "qqp": dict(_WIDE, steps=50_000, batch_tokens=8192),
+    "wiki_auto": dict(_WIDE, steps=30_000),
+    "quasar_t": dict(_WIDE, steps=100_000, dgs_max=0.2, lr=3e-4, warmup=5000),
+    "files": dict(_IWSLT),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -142,35 +159,35 @@ def alpha_bar(t: np.ndarray, schedule: str) -> np.ndarray:
     return 1 - np.sqrt(t + 1e-4)  # Diffusion-LM; a little below 0 at t = 1: see the cap below
 
 
-@dataclasses.dataclass
-class Noise:
-    """T steps of z_t = signal_t z_0 + sigma_t eps; in training sigma_t is `factor` times larger."""
+class Noise(nn.Module):
+    """T steps of z_t = signal_t z_0 + sigma_t eps; in training sigma_t is `factor` times larger.
 
-    signal: Tensor  # (T,) sqrt(alpha-bar), float64
-    sigma: Tensor   # (T,) sqrt(1 - alpha-bar), float64
-    factor: float   # F of Eq. 3; 1 in the variance-preserving variant, whose F is in alpha-bar
+    signal (T,) is sqrt(alpha-bar), sigma (T,) sqrt(1 - alpha-bar), both float64. `factor` is F of
+    Eq. 3; it is 1 in the variance-preserving variant, whose F is in alpha-bar.
+    """
 
-    @classmethod
-    def make(cls, schedule: str, factor: float, rescaling: str, T: int) -> "Noise":
+    def __init__(self, schedule: str, factor: float, rescaling: str, T: int):
         """The paper leaves the steps open; these are the authors': beta_i is one minus the ratio
         of alpha-bar at (i+1)/T and i/T, at most .999, and alpha-bar_i the product of 1 - beta."""
+        super().__init__()
         bar = alpha_bar(np.arange(T + 1) / T, schedule)                    # (T + 1,)
         if rescaling == "vp":
             # Eq. 8; SNR / F^2, so it is CATDM's shift of the log-SNR by s = -2 ln F.
             bar = bar / (factor**2 - (factor**2 - 1) * bar)
         beta = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
         bar = torch.from_numpy(np.cumprod(1 - beta))
-        return cls(bar.sqrt(), (1 - bar).sqrt(), factor if rescaling == "plain" else 1.0)
+        self.register_buffer("signal", bar.sqrt(), persistent=False)
+        self.register_buffer("sigma", (1 - bar).sqrt(), persistent=False)
+        self.factor = factor if rescaling == "plain" else 1.0
 
     def at(self, index: Tensor, train: bool = False) -> tuple[Tensor, Tensor]:
         """(signal, sigma) (...) at step indices (...) of 0..T-1; index -1 is clean data: (1, 0).
 
         Eq. 3's F applies in training alone (C.7: in sampling it costs a point of BLEU).
         """
-        clean = index < 0
-        scale = self.factor if train else 1.0
-        signal = torch.where(clean, 1.0, self.signal.to(index.device)[index])
-        return signal, torch.where(clean, 0.0, scale * self.sigma.to(index.device)[index])
+        clean, scale = index < 0, self.factor if train else 1.0
+        return (torch.where(clean, 1.0, self.signal[index]),
+                torch.where(clean, 0.0, scale * self.sigma[index]))
 
 # ---------------------------------------------------------------------------------------------
 # Degeneration: how often the nearest embedding to z_t is the right one
@@ -234,15 +251,17 @@ def dgs_at(signal: Tensor, sigma: Tensor, V: int, d: int, draws: int = 4096) -> 
     return ((V - 1) * torch.log1p(-p.clamp_max(1 - 1e-12))).exp().mean(-1)
 
 
-def dgs(noise: Noise, V: int, d: int, points: int = GRID) -> float:
-    """Definition 2: DGS_t averaged over time, under the training noise."""
-    index = grid(len(noise.sigma), points)
+def dgs(noise: Noise, V: int, d: int, dense: bool = False) -> float:
+    """Definition 2: DGS_t averaged over time, under the training noise; `dense`: over the middle
+    of every 8 steps, for the time average itself."""
+    T = len(noise.sigma)
+    index = torch.arange(T // 500, T, max(1, T // 250)) if dense else grid(T)
     return dgs_at(*noise.at(index, train=True), V, d).mean().item()
 
 
 def search_factor(
     schedule: str, dgs_max: float, V: int, d: int, rescaling: str = "plain", T: int = 2000,
-    points: int = GRID,
+    dense: bool = False,
 ) -> float:
     """Algorithm 1: the least F >= 1 whose DGS is at most dgs_max, by bisection.
 
@@ -250,7 +269,7 @@ def search_factor(
     19 has the *nearest* multiple of .5. Round the result for the table's figures.
     """
     def score(factor: float) -> float:
-        return dgs(Noise.make(schedule, factor, rescaling, T), V, d, points)
+        return dgs(Noise(schedule, factor, rescaling, T), V, d, dense)
 
     low = high = 1.0
     while score(high) > dgs_max:
@@ -284,9 +303,6 @@ TABLE_19 = {  # F at d = 128 by DGS_MAX: V = 10K, 20K, 40K
 # ---------------------------------------------------------------------------------------------
 
 
-LENGTH_CLASSES, LENGTH_OFFSET = 256, 128  # class = target length - source length + 128
-
-
 class Difformer(nn.Module):
     """z0hat(z_t, x, t): an encoder reads x, a decoder denoises z_t; the loss is its forward.
 
@@ -296,32 +312,17 @@ class Difformer(nn.Module):
 
     def __init__(self, cfg: Config, vocab_size: int):
         super().__init__()
-        if cfg.dim % cfg.heads:
-            raise RunError(f"--dim {cfg.dim} must be a multiple of --heads {cfg.heads}")
-        self.cfg, self.V, e, d = cfg, vocab_size, cfg.embed_dim, cfg.dim
-        self.embed = nn.Embedding(vocab_size, e)
-        self.source_in = nn.Linear(e, d, bias=False)
-        self.target_in = nn.Linear(e, d, bias=False)
-        self.out = nn.Linear(d, e, bias=False)
-        self.source_place, self.target_place = nn.Embedding(cfg.length, d), nn.Embedding(
-            cfg.length, d)
-        self.source_norm, self.target_norm = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.time = nn.Sequential(nn.Linear(d, 4 * d), nn.ReLU(), nn.Linear(4 * d, d))
-        self.previous = nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, d))
-        self.encoder = nn.ModuleList(common.PostNormBlock(d, cfg.heads, cfg.ffn, cfg.dropout,
-                                                          cross=False) for _ in range(cfg.depth))
-        self.decoder = nn.ModuleList(common.PostNormBlock(d, cfg.heads, cfg.ffn, cfg.dropout,
-                                                          cross=True) for _ in range(cfg.depth))
-        self.length_head = nn.Linear(d, LENGTH_CLASSES)
-        common.normal_init(self, cfg.init_std)
-        for table in (self.embed, self.source_place, self.target_place):
-            nn.init.normal_(table.weight, std=cfg.embed_std)
+        self.cfg, self.V, self.compiled = cfg, vocab_size, ()
+        self.net = common.EncoderDecoder(
+            cfg.embed_dim, cfg.dim, cfg.ffn, cfg.depth, cfg.heads, cfg.dropout, cfg.max_length,
+            init_std=cfg.init_std, place_std=cfg.embed_std)
+        self.embed = nn.Embedding(vocab_size, cfg.embed_dim)
+        nn.init.normal_(self.embed.weight, std=cfg.embed_std)
         if cfg.embeddings:
             self.freeze(np.load(cfg.embeddings))
-        factor = cfg.factor or round(2 * search_factor(
-            cfg.schedule, cfg.dgs_max, vocab_size, e, cfg.rescaling, cfg.T)) / 2
-        self.noise = Noise.make(cfg.schedule, factor, cfg.rescaling, cfg.T)
-        self.factor = factor
+        self.factor = cfg.factor or round(2 * search_factor(
+            cfg.schedule, cfg.dgs_max, vocab_size, cfg.embed_dim, cfg.rescaling, cfg.T)) / 2
+        self.noise = Noise(cfg.schedule, self.factor, cfg.rescaling, cfg.T)
 
     def freeze(self, rows: np.ndarray) -> None:
         """Use `rows` (V, e) as z_0 and never train them."""
@@ -331,6 +332,12 @@ class Difformer(nn.Module):
         with torch.no_grad():
             self.embed.weight.copy_(torch.from_numpy(rows) / self.cfg.embed_dim**0.5)
         self.embed.weight.requires_grad_(False)
+
+    def compile_training(self) -> None:
+        """Compile the parts of the loss, each once for all shapes: sentences come in many lengths.
+        Decoding stays as it is: its few large calls gain less than the compiler takes."""
+        self.compiled = tuple(torch.compile(part, dynamic=True)
+                              for part in (self.encode, self.denoise, self.losses))
 
     def z0(self, y: Tensor) -> Tensor:
         """Embeddings (..., e) of token ids (...)."""
@@ -343,12 +350,8 @@ class Difformer(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Source ids (B, M) -> states (B, M, d), which are no padding (B, M), length logits."""
         real = x != PAD
-        h = self.source_in(self.z0(x)) + self.source_place.weight[: x.shape[1]]
-        h = F.dropout(self.source_norm(h), self.cfg.dropout, self.training)
-        for block in self.encoder:
-            h = block(h, real)
-        mean = (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-        return h, real, self.length_head(mean).float()
+        memory, length_logits = self.net.encode(self.z0(x), real)
+        return memory, real, length_logits
 
     def denoise(self, z_t: Tensor, index: Tensor, previous: Tensor, real: Tensor, memory: Tensor,
                 memory_real: Tensor) -> Tensor:
@@ -356,16 +359,23 @@ class Difformer(nn.Module):
 
         real (B, N) is False at padding; memory (B, M, d) are the encoder's states.
         """
-        d = self.cfg.dim
-        freqs = torch.exp(-math.log(1e4) * torch.arange(d // 2, device=z_t.device) / (d // 2))
-        angles = (index * (1000 / self.cfg.T))[:, None] * freqs            # (B, d / 2)
-        t = self.time(torch.cat([angles.cos(), angles.sin()], -1))         # (B, d)
-        h = self.previous(torch.cat([self.target_in(z_t), self.target_in(previous)], -1))
-        h = h + t[:, None] + self.target_place.weight[: z_t.shape[1]]
-        h = F.dropout(self.target_norm(h), self.cfg.dropout, self.training)
-        for block in self.decoder:
-            h = block(h, real, memory, memory_real)
-        return self.out(h).float()
+        return self.net.decode(z_t, index / self.cfg.T, previous, real, memory, memory_real)
+
+    def losses(self, z0_hat: Tensor, z0: Tensor, y: Tensor, length_logits: Tensor,
+               source_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums over the batch: squared error and cross-entropy per token of y (B, N), how many
+        tokens were right, length loss per sentence."""
+        real = y != PAD
+        # Eq. 1. Gradients reach the embeddings from both sides: that alone collapses them.
+        square = ((z0_hat - z0).square().mean(-1) * real).sum()
+        logits = self.logits(z0 if self.cfg.loss == "rounding" else z0_hat).flatten(0, 1)
+        ce = F.cross_entropy(logits, y.flatten(), reduction="sum", ignore_index=PAD,
+                             label_smoothing=self.cfg.smoothing)
+        right = ((logits.argmax(-1) == y.flatten()) & real.flatten()).sum()
+        difference = real.sum(1) - source_lengths + common.LENGTH_OFFSET
+        length_loss = F.cross_entropy(
+            length_logits, difference.clamp(0, common.LENGTH_CLASSES - 1), reduction="sum")
+        return square, ce, right.float(), length_loss
 
     def forward(self, x: Tensor, y: Tensor, u: Tensor, eps: Tensor, twice: bool
                 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -375,31 +385,20 @@ class Difformer(nn.Module):
         self-condition on a first estimate, which gets no gradient; else on zeros. Statistics (4,):
         squared error, cross-entropy, right tokens, length loss.
         """
-        real = y != PAD
-        memory, memory_real, length_logits = self.encode(x)
+        encode, denoise, losses = self.compiled or (self.encode, self.denoise, self.losses)
+        memory, memory_real, length_logits = encode(x)
         index = (u * self.cfg.T).long()                                    # (B,) of 0..T-1
-        z0 = self.z0(y)
+        z0, real = self.z0(y), y != PAD
         signal, sigma = (c.float()[:, None, None] for c in self.noise.at(index, train=True))
         z_t = signal * z0 + sigma * eps
         previous = torch.zeros_like(z_t)
         if twice:
             with torch.no_grad():
-                previous = self.denoise(z_t, index, previous, real, memory, memory_real)
-        z0_hat = self.denoise(z_t, index, previous, real, memory, memory_real)
-
-        # Eq. 1. Gradients reach the embeddings from both sides: that alone collapses them.
-        square = ((z0_hat - z0).square().mean(-1) * real).sum()
-        logits = self.logits(z0 if self.cfg.loss == "rounding" else z0_hat)
-        ce = F.cross_entropy(logits.transpose(1, 2), y, reduction="none",
-                             label_smoothing=self.cfg.smoothing)
-        ce = (ce * real).sum()
+                previous = denoise(z_t, index, previous, real, memory, memory_real)
+        z0_hat = denoise(z_t, index, previous, real, memory, memory_real)
+        square, ce, right, length_loss = losses(z0_hat, z0, y, length_logits, memory_real.sum(1))
         loss = square if self.cfg.loss == "none" else square + ce          # Eq. 2
-        right = ((logits.argmax(-1) == y) & real).sum()
-
-        difference = (real.sum(1) - memory_real.sum(1) + LENGTH_OFFSET).clamp(0, LENGTH_CLASSES - 1)
-        length_loss = F.cross_entropy(length_logits, difference, reduction="sum")
-        stats = torch.stack([square, ce, right.float(), length_loss]).detach()
-        return loss, length_loss, stats
+        return loss, length_loss, torch.stack([square, ce, right, length_loss]).detach()
 
 # ---------------------------------------------------------------------------------------------
 # Sampler and decoding
@@ -423,67 +422,65 @@ def denoise(
     step; the tokens are the argmax of z0hat's logits, never of z_t's.
     """
     steps = kept_steps(model.cfg.T, K, early_stop)
-    kept = kept_steps(model.cfg.T, K, 0) + [-1]
     shape, device = (*real.shape, model.cfg.embed_dim), real.device
+    kept = torch.tensor(kept_steps(model.cfg.T, K, 0) + [-1], device=device)
+    signal, sigma = model.noise.at(kept)
     z = torch.randn(shape, generator=generator, device=device)
     z0_hat = torch.zeros_like(z)
-    for i, step in enumerate(steps):
-        index = torch.full((len(z),), step, device=device)
-        z0_hat = model.denoise(z, index, z0_hat, real, memory, memory_real)
+    for i in range(len(steps)):
+        z0_hat = model.denoise(z, kept[i].expand(len(z)), z0_hat, real, memory, memory_real)
         tokens = model.logits(z0_hat).argmax(-1)
         yield torch.where(real, tokens, PAD)
         target = model.z0(tokens) if clamp else z0_hat
-        now, then = (torch.tensor(s, device=device) for s in kept[i:i + 2])
-        mean, var = common.gaussian_posterior(z.double(), target.double(), *model.noise.at(now),
-                                              *model.noise.at(then))
+        mean, var = common.gaussian_posterior(z.double(), target.double(), signal[i], sigma[i],
+                                              signal[i + 1], sigma[i + 1])
         z = (mean + var.sqrt() * torch.randn(shape, generator=generator, device=device)).float()
 
 
 def choose(candidates: Sequence[Sequence[int]]) -> int:
     """Minimum Bayes risk: which candidate (token ids) has the best mean sentence BLEU with the
     others. Paper: or by an autoregressive model's likelihood, as its published scripts do."""
-    distinct = {tuple(c): n for n, c in reversed(list(enumerate(candidates)))}
-    if len(distinct) == 1:
+    several = Counter(map(tuple, candidates))
+    if len(several) == 1:
         return 0
-    counts = {c: sum(tuple(o) == c for o in candidates) for c in distinct}
+    counts = {c: ngrams(c) for c in several}
 
-    def value(c: tuple) -> float:
-        return sum((n - (o == c)) * metrics.bleu([c], [[o]], smooth=True)
-                   for o, n in counts.items())
-    return distinct[max(distinct, key=lambda c: (value(c), -distinct[c]))]
+    def similar(c: tuple, o: tuple) -> float:
+        hits = [sum(min(k, b[g]) for g, k in a.items()) for a, b in zip(counts[c], counts[o])]
+        totals = [max(0, len(c) - n) for n in range(4)]
+        return bleu_of_counts(hits, totals, len(c), len(o), smooth=True)
+
+    value = {c: sum((n - (o == c)) * similar(c, o) for o, n in several.items()) for c in several}
+    return list(map(tuple, candidates)).index(max(value, key=value.get))
 
 
 @torch.no_grad()
 def translate(
-    model: Difformer, sources: list[str], data: PairData, cfg: Config, device: torch.device,
-    autocast=contextlib.nullcontext,
+    model: Difformer, sources: list[str], data: PairData, cfg: Config, place: common.Setup
 ) -> Iterator[dict]:
-    """Yields one {"source", "text"} per source, in order; an empty line stays empty.
+    """Yields one {"source", "text", "candidates"} per source, in order; an empty line stays empty.
 
     2D parallel decoding: length_beam x noise_beam candidates at once, the best by `choose`.
     Paper: the text takes the b1 most probable lengths; the authors' code, and we, the most
     probable one and its neighbours.
     """
     model.eval()
-    generator = torch.Generator(device).manual_seed(common.mix(cfg.seed, 99))
+    generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, 99))
+    beams = cfg.length_beam * cfg.noise_beam
     for begin in range(0, len(sources), cfg.sample_batch):
         batch = sources[begin:begin + cfg.sample_batch]
-        encoded = [data.encode(text) for text in batch]
-        for text, ids in zip(batch, encoded):
-            if len(ids) > cfg.length:
-                print(f"a sentence of {len(ids)} tokens is cut to --length {cfg.length}: "
-                      f"{text[:40]!r}...", file=sys.stderr)
-        x = torch.from_numpy(pad_ids([np.append(i[:cfg.length - 1], i[-1])[:cfg.length]
-                                      if len(i) > cfg.length else i for i in encoded], 1))
-        x = x.to(device)
-        beams = cfg.length_beam * cfg.noise_beam
-        with autocast():
+        x = torch.from_numpy(data.rows(batch)).to(place.device)
+        with place.autocast():
             memory, memory_real, length_logits = model.encode(x)
-            best = length_logits.argmax(-1) - LENGTH_OFFSET + memory_real.sum(1)      # (b,)
-            around = torch.arange(cfg.length_beam, device=device) - cfg.length_beam // 2
-            lengths = best[:, None] + around + cfg.length_shift
-            lengths = lengths.clamp(2, cfg.length).repeat_interleave(cfg.noise_beam, 1)
-            real = torch.arange(int(lengths.max()), device=device) < lengths.reshape(-1, 1)
+            if cfg.length:  # Table 18
+                lengths = torch.full((len(batch) * beams,), cfg.length + 2, device=place.device)
+            else:
+                best = length_logits.argmax(-1) - common.LENGTH_OFFSET + memory_real.sum(1)  # (b,)
+                around = torch.arange(cfg.length_beam, device=place.device) - cfg.length_beam // 2
+                lengths = (best[:, None] + around).repeat_interleave(cfg.noise_beam, 1).flatten()
+            lengths = lengths.clamp(2, cfg.max_length)                     # (b * beams,)
+            N = min(-(-int(lengths.max()) // 8) * 8, cfg.max_length)
+            real = torch.arange(N, device=place.device) < lengths[:, None]
             memory, memory_real = (m.repeat_interleave(beams, 0) for m in (memory, memory_real))
             history = list(denoise(model, memory, memory_real, real, cfg.K, cfg.early_stop,
                                    cfg.clamp, generator))
@@ -491,29 +488,25 @@ def translate(
         for i, text in enumerate(batch):
             candidates = [[t for t in c if t != PAD] for c in final[i]]
             n = choose(candidates)
-            row = dict(source=text, text=data.decode(candidates[n][1:]) if text.strip() else "")
+            texts = [data.decode(c[1:]) if text.strip() else "" for c in candidates]
+            row = dict(source=text, text=texts[n], candidates=texts)
             if cfg.show_steps:
                 row["steps"] = [data.decode(h[i * beams + n].tolist()[1:]) for h in history]
             yield row
 
 
-def pairs_of(cfg: Config, data: PairData) -> list[tuple[str, str]]:
-    """The split's pairs, or the first eval_sequences of them."""
-    return data.texts[cfg.split][: cfg.eval_sequences or None]
-
-
 def evaluate(model: Difformer, cfg: Config, data: PairData, place) -> tuple[dict, list[dict]]:
     """Figures of the translations of cfg.split, and the translations, also in a file."""
-    pairs, begin = pairs_of(cfg, data), time.time()
+    pairs, begin = data.pairs_of(cfg.split, cfg.eval_sequences or None), time.time()
     quiet = 0.2 if sys.stderr.isatty() else 10
-    found = translate(model, [a for a, _ in pairs], data, cfg, place.device, place.autocast)
+    found = translate(model, [a for a, _ in pairs], data, cfg, place)
     rows = [row | {"reference": b} for row, (_, b) in zip(
         tqdm(found, "translate", len(pairs), leave=False, mininterval=quiet), pairs)]
     seconds = time.time() - begin
     model.train()
-    with open(Path(cfg.out) / "translations.jsonl", "w") as file:
+    with open(Path(cfg.out) / f"translations-{cfg.split}.jsonl", "w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    figures = metrics.score_translations(rows)
+    figures = score_translations(rows)
     figures["speed"] = dict(value=len(rows) / seconds, unit="sentences/s")
     figures["anisotropy"] = dict(value=anisotropy(model.embed.weight.detach()), unit="ANI")
     return figures, rows
@@ -523,44 +516,62 @@ def evaluate(model: Difformer, cfg: Config, data: PairData, place) -> tuple[dict
 # ---------------------------------------------------------------------------------------------
 
 
-def load(cfg: Config) -> PairData:
-    return load_pairs(cfg.dataset, cfg.data_dir, cfg.length, cfg.vocab, cfg.max_number,
-                      dict(train=cfg.train, valid=cfg.valid, test=cfg.test))
+def load(cfg: Config, state: dict | None = None) -> PairData:
+    """The data set; with a checkpoint's state it must have the same tokens."""
+    data = load_pairs(cfg.dataset, cfg.data_dir, cfg.max_length, cfg.vocab, cfg.max_number,
+                      dict(train=cfg.train, valid=cfg.valid, test=cfg.test), cfg.lower,
+                      cfg.distilled)
+    if state and state["tokenizer"]["vocab"] != data.codec.vocab:
+        raise RunError(f"the training text of {cfg.dataset} is not the one that {cfg.out} learned "
+                       "its tokens from: restore it, or choose another --out")
+    return data
 
 
-def load_noise(cfg: Config, data: PairData, step: int, index: Tensor, place: common.Setup):
-    """Everything random about the samples `index` of a step: (x, y, u, eps, twice)."""
-    x, y = (torch.from_numpy(ids).to(place.device) for ids in
-            data.train_batch(cfg.seed, step, cfg.batch_size, index.numpy()))
+def load_step(cfg: Config, data: PairData, step: int, place: common.Setup) -> tuple[list, int, int]:
+    """This rank's micro-batches (x, y, u, eps, twice) of a step; how many pairs and target tokens
+    all ranks have.
+
+    Every rank makes the whole batch, with all its noise, and takes each world-th row, so the
+    number of ranks changes nothing; a batch of 64K tokens costs it 33 MB of noise.
+    """
+    def load(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        on_cuda = place.device.type == "cuda"  # the copy from pinned memory waits for nothing
+        return tensor.pin_memory().to(place.device, non_blocking=True) if on_cuda else tensor
+
+    x, y = data.train_batch(cfg.seed, step, cfg.batch_tokens)
+    n, tokens = len(x), int((y != PAD).sum())
     rng = np.random.default_rng(common.mix(cfg.seed, step, 1))
     # Paper: self-conditioning with probability one half; the authors' code decides per batch.
-    twice = bool(rng.random() < 0.5)
-    u = torch.from_numpy(rng.random(cfg.batch_size, np.float32)[index.numpy()]).to(place.device)
-    eps = common.sample_normal(cfg.seed, step, index, (y.shape[1], cfg.embed_dim), place.device)
-    return x, y, u, eps, twice
+    twice, u = bool(rng.random() < 0.5), rng.random(n, np.float32)
+    generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, step, 2))
+    eps = torch.randn(*y.shape, cfg.embed_dim, generator=generator, device=place.device)
+    parts = min(max(1, n // place.world),
+                math.ceil(n * max(x.shape[1], y.shape[1]) / (cfg.micro_tokens * place.world)))
+    rows = [slice(k * place.world + place.rank, None, parts * place.world) for k in range(parts)]
+    return [(load(x[r]), load(y[r]), load(u[r]), eps[r], twice) for r in rows], n, tokens
 
 
-def train_step(net, model: Difformer, optimizer, ema, cfg: Config, step: int, batches, place
-               ) -> Tensor:
-    """One optimizer step on this rank's micro-batches; returns (5,) statistics, no host sync."""
+def train_step(net, model: Difformer, optimizer, ema, cfg: Config, step: int, batches: list,
+               pairs: int, tokens: int, place: common.Setup) -> Tensor:
+    """One optimizer step on this rank's micro-batches; returns (4,) statistics, no host sync."""
     for group in optimizer.param_groups:
         group["lr"] = common.learning_rate(step, cfg.lr, cfg.warmup, cfg.lr_schedule, cfg.steps)
-    # Divide by the tokens of the global batch; DDP averages gradients, hence `world`.
-    tokens = place.sum(torch.stack([(y != PAD).sum() for _, y, *_ in batches]).sum())
     stats = torch.zeros(4, device=place.device)
     for k, batch in enumerate(batches):
         last = k == len(batches) - 1
         with contextlib.nullcontext() if last or place.world == 1 else net.no_sync():
             with place.autocast():
                 loss, length_loss, part = net(*batch)
-            loss = loss / tokens + cfg.length_weight * length_loss / cfg.batch_size
+            # `pairs` and `tokens` are the global batch's; DDP averages gradients, hence `world`.
+            loss = loss / tokens + cfg.length_weight * length_loss / pairs
             (loss * place.world).backward()
         stats += part
     nn.utils.clip_grad_norm_(model.parameters(), cfg.clip, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     ema.update()
-    return torch.cat([stats, (tokens / place.world).view(1)])
+    return stats
 
 
 def build(cfg: Config, vocab_size: int, place: common.Setup):
@@ -570,7 +581,18 @@ def build(cfg: Config, vocab_size: int, place: common.Setup):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8,
                                   weight_decay=cfg.weight_decay, fused=True)
-    net = torch.compile(model) if cfg.compile and on_cuda else model
+    net = model
+    if cfg.compile and on_cuda:
+        model.compile_training()
+        # The first call decides which sizes vary on their own: those that are equal in it would
+        # be taken for one and compiled again when they differ, so it is not a real batch.
+        M, N = (min(k, cfg.max_length) for k in (24, 16))
+        n = max(2, min(cfg.batch_tokens, cfg.micro_tokens) // 24)
+        x, y = (torch.ones(n, k, dtype=torch.long, device=place.device) for k in (M, N))
+        with place.autocast():
+            loss, *_ = model(x, y, x[:, 0] / 2, torch.zeros(n, N, cfg.embed_dim).to(x.device), True)
+        loss.backward()
+        optimizer.zero_grad(set_to_none=True)
     if place.world > 1:
         net = DistributedDataParallel(net, device_ids=[place.device.index] if on_cuda else None)
     return model, net, optimizer, common.EMA(model, cfg.ema)
@@ -579,24 +601,23 @@ def build(cfg: Config, vocab_size: int, place: common.Setup):
 def flops_per_pair(model: Difformer, M: int, N: int) -> float:
     """Model FLOPs of a training step for one pair of M and N tokens; the first estimate of
     self-conditioning is a decoder's forward pass every other time, a sixth of its cost."""
-    d, depth = model.cfg.dim, model.cfg.depth
-    sizes = [sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
-             for part in (model.encoder, model.decoder)]
-    key_value = depth * 2 * d * d  # the cross-attention's, on the source
-    decoder = N * (sizes[1] - key_value) + M * key_value + 2 * depth * d * N * (N + M)
-    head = N * model.embed.weight.numel()
-    return 6.0 * (M * sizes[0] + 2 * depth * d * M * M + decoder * 7 / 6 + head)
+    encoder, decoder = model.net.flops(M, N)
+    return encoder + decoder * 7 / 6 + 6.0 * N * model.embed.weight.numel()
 
 
 def train(cfg: Config, place: common.Setup) -> None:
     out, checkpoint = Path(cfg.out), Path(cfg.out) / "checkpoint.pt"
-    data = load(cfg)
-    model, net, optimizer, ema = build(cfg, data.vocab_size, place)
-    parts = common.micro_batches(cfg.batch_size, cfg.micro_batch, place)
-    step, seconds, resumed = 0, 0.0, checkpoint.exists() and not cfg.overwrite
-    if resumed:
+    state = None
+    if resumed := checkpoint.exists() and not cfg.overwrite:
         state = common.read_checkpoint(checkpoint, "difformer", place.device)
         common.check_same_run(state["config"], dataclasses.asdict(cfg), Config)
+    data = load(cfg, state)
+    model, net, optimizer, ema = build(cfg, data.vocab_size, place)
+    if min(cfg.batch_tokens // max(data.longest), data.pairs) < place.world:
+        raise RunError(f"--batch_tokens {cfg.batch_tokens} or {data.pairs} pairs are too few for "
+                       f"{place.world} processes with sentences of {max(data.longest)} tokens")
+    step, seconds = 0, 0.0
+    if resumed:
         common.load_weights(model, state["model"], checkpoint)
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
@@ -616,7 +637,7 @@ def train(cfg: Config, place: common.Setup) -> None:
     info = common.environment(place)
     parameters = sum(p.numel() for p in model.parameters())
     if place.is_main:
-        print(f"{data.name}: {len(data.train):,} pairs, {data.vocab_size:,} tokens | F "
+        print(f"{data.name}: {data.pairs:,} pairs, {data.vocab_size:,} tokens | F "
               f"{model.factor:g} | {parameters / 1e6:.1f}M parameters | {info['hardware']}")
         print(f"{'resuming at step ' + str(step) if resumed else 'training'} -> {out}")
     start = dict(method="difformer", argv=sys.argv[1:], config=dataclasses.asdict(cfg),
@@ -632,16 +653,16 @@ def train(cfg: Config, place: common.Setup) -> None:
                 ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
                 seconds=seconds, rng=rng, tokenizer=data.tokenizer()))
 
-    stats, logged, clock, first = torch.zeros(5, device=place.device), step, time.time(), True
-    finished = False
+    stats, counts = torch.zeros(4, device=place.device), np.zeros(2)  # counts: pairs, tokens
+    logged, clock, first, finished = step, time.time(), True, False
     while step < cfg.steps and not finished:
-        batches = [load_noise(cfg, data, step, index, place) for index in parts]
-        stats += train_step(net, model, optimizer, ema, cfg, step, batches, place)
-        step += 1
+        batches, *sizes = load_step(cfg, data, step, place)
+        stats += train_step(net, model, optimizer, ema, cfg, step, batches, *sizes, place)
+        counts, step = counts + sizes, step + 1
         if first:  # compilation is not training time
             if place.device.type == "cuda":
                 torch.cuda.synchronize()
-            clock, first, mark = time.time(), False, (step, time.time())
+            clock, first, mark = time.time(), False, (counts[1], time.time())
         now = time.time()
         progress.advance(step)
 
@@ -652,7 +673,8 @@ def train(cfg: Config, place: common.Setup) -> None:
         if place.world > 1:
             finished = place.any(finished) if at_log else False
         if at_log or finished:
-            square, ce, right, length_loss, tokens = place.sum(stats.clone()).tolist()
+            square, ce, right, length_loss = place.sum(stats.clone()).tolist()
+            pairs, tokens = counts
             if not math.isfinite(square + ce):
                 progress.close()
                 raise RunError(
@@ -660,8 +682,7 @@ def train(cfg: Config, place: common.Setup) -> None:
                     + (f"{checkpoint} still holds an earlier, good state: " if checkpoint.exists()
                        else "Nothing was saved yet: ") + "try a lower --lr or --clip")
             now = time.time()
-            pairs = (step - logged) * cfg.batch_size
-            rate = (step - mark[0]) * tokens / max(1, step - logged) / max(1e-9, now - mark[1])
+            rate = (tokens - mark[0]) / max(1e-9, now - mark[1])
             table = model.embed.weight.detach()
             record = dict(
                 step=step, mse=square / tokens, cross_entropy=ce / tokens,
@@ -675,7 +696,7 @@ def train(cfg: Config, place: common.Setup) -> None:
                 mse=f"{record['mse']:.3f}", ce=f"{record['cross_entropy']:.3f}",
                 right=f"{record['accuracy']:.1%}", **{"tok/s": f"{rate:,.0f}"}))
             stats.zero_()
-            logged, mark = step, (step, time.time())
+            counts, logged, mark = np.zeros(2), step, (0, time.time())
         if step % cfg.save_every == 0 or step == cfg.steps or finished:
             seconds, clock = seconds + time.time() - clock, time.time()
             if bool(torch.isfinite(stats).all()):
@@ -694,8 +715,8 @@ def report(model, ema, cfg: Config, data: PairData, place, step: int, seconds: f
     with ema.swapped_in():
         figures, _ = evaluate(model, cfg, data, place)
         shown = dataclasses.replace(cfg, show_steps=True)
-        sources = [a for a, _ in pairs_of(cfg, data)[: cfg.samples]]
-        for row in translate(model, sources, data, shown, place.device, place.autocast):
+        sources = [a for a, _ in data.pairs_of(cfg.split, cfg.samples)]
+        for row in translate(model, sources, data, shown, place):
             show(row)
     result = dict(method="difformer", dataset=cfg.dataset, split=cfg.split, step=step,
                   train_seconds=round(seconds, 1), figures=figures, factor=model.factor,
@@ -733,7 +754,7 @@ def load_run(cfg: Config, place: common.Setup) -> tuple[Difformer, PairData, int
     if cfg.mode == "sample" and cfg.source:
         data = PairData.from_tokenizer(state["tokenizer"])
     else:
-        data = load(cfg)
+        data = load(cfg, state)
     model = Difformer(cfg, data.vocab_size).to(place.device)
     common.load_weights(model, state["ema"]["params"], checkpoint)
     return model, data, state["step"]
@@ -746,50 +767,108 @@ def score(out: str, flags: list[str]) -> dict:
     place = common.setup(cfg)
     model, data, step = load_run(cfg, place)
     return dict(method="difformer", dataset=cfg.dataset, split=cfg.split, step=step,
-                length=cfg.length, figures=evaluate(model, cfg, data, place)[0])
+                length=cfg.max_length, figures=evaluate(model, cfg, data, place)[0])
 
 
-def print_dgs(cfg: Config) -> None:
-    """DGS of a schedule, the factor for dgs_max, the paper's, and what a dense grid would give."""
-    V, d, plain = cfg.vocab, cfg.embed_dim, Noise.make(cfg.schedule, 1.0, "plain", cfg.T)
-    table = torch.randn(V, d, generator=torch.Generator().manual_seed(cfg.seed))
-    sampled = dgs_monte_carlo(*plain.at(grid(cfg.T), train=True), table).mean().item()
-    print(f"{cfg.schedule}, V = {V:,}, d = {d}, without rescaling: DGS {sampled:.3f} "
-          f"(Algorithm 2), {dgs(plain, V, d):.3f} (competitors integrated out)")
-    cells = {10_000: 0, 20_000: 1, 40_000: 2}
-    print(f"{'DGS_MAX':>8} {'F':>8} {'to .5':>8} {'Table 19':>9} {'dense grid':>11}")
-    found = search_factor(cfg.schedule, cfg.dgs_max, V, d, cfg.rescaling, cfg.T)
-    dense = search_factor(cfg.schedule, cfg.dgs_max, V, d, cfg.rescaling, cfg.T, points=250)
-    row, known = TABLE_19[cfg.schedule].get(cfg.dgs_max), "-"
-    if row and V in cells and d == 128 and cfg.rescaling == "plain":
-        known = f"{row[cells[V]]:g}"
-    print(f"{cfg.dgs_max:8g} {found:8.2f} {round(2 * found) / 2:8.1f} {known:>9} {dense:11.2f}")
+PROBE_TIMES = (np.arange(25) + 0.5) / 25
+PROBE_SENTENCES = 128
+
+
+@torch.no_grad()
+def probe(out: str, flags: list[str]) -> dict:
+    """What `eval.py collapse` asks: how the embeddings of a run lie, and what is left to predict.
+
+    embeddings (V, e) of the averaged weights as they enter the diffusion; at times (n,) the mean
+    cross_entropy (n,) in nats per token of the split's first targets given z_t and the source,
+    without self-conditioning or label smoothing, with the same noise at all times; signal (n,) and
+    sigma (n,) of z_t = signal z_0 + sigma eps in training, F included.
+    """
+    flags = ["--mode", "eval", "--out", out, *flags]
+    cfg, _ = common.parse_config(Config, "difformer", __doc__, PRESETS, flags)
+    place = common.setup(cfg)
+    model, data, _ = load_run(cfg, place)
+    model.eval()
+    sides = zip(*data.pairs_of(cfg.split, PROBE_SENTENCES))
+    x, y = (torch.from_numpy(data.rows(side)).to(place.device) for side in sides)
+    generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, 78))
+    z0, real = model.z0(y), y != PAD
+    eps = torch.randn(z0.shape, generator=generator, device=place.device)
+    steps = torch.from_numpy(PROBE_TIMES * cfg.T).long().to(place.device)
+    signal, sigma = model.noise.at(steps, train=True)
+    ce = []
+    with place.autocast():
+        memory, memory_real, _ = model.encode(x)
+        for step, a, s in zip(steps, signal.float(), sigma.float()):
+            z0_hat = model.denoise(a * z0 + s * eps, step.expand(len(y)), torch.zeros_like(z0),
+                                   real, memory, memory_real)
+            ce.append(F.cross_entropy(model.logits(z0_hat)[real], y[real]).item())
+    return dict(name="difformer", method="difformer", times=PROBE_TIMES, cross_entropy=ce,
+                signal=signal, sigma=sigma,
+                embeddings=model.z0(torch.arange(model.V, device=place.device)).cpu())
+
+
+def search_factors(cfg: Config) -> None:
+    """F for the flags' schedule, or for every cell of one of the paper's tables, beside the
+    paper's and the one that a dense grid of time steps would give."""
+    cells = {
+        0: [(cfg.schedule, cfg.vocab, cfg.embed_dim, cfg.dgs_max, cfg.rescaling, None)],
+        14: [("sqrt", 10_000, d, 0.15, "plain", f)
+             for d, f in ((64, 2.5), (128, 4), (256, 6), (512, 8.5))],
+        17: [("sqrt", 10_000, 128, m, "vp", f) for m, f in ((0.05, 9.5), (0.15, 4.5), (0.5, 2))],
+        19: [(schedule, V, 128, m, "plain", f) for schedule, rows in TABLE_19.items()
+             for m, row in rows.items() for V, f in zip((10_000, 20_000, 40_000), row)]}
+    start, rows = {}, []
+    for schedule, V, d in dict.fromkeys(cell[:3] for cell in cells[cfg.table]):
+        if V == cells[cfg.table][0][1]:
+            noise = Noise(schedule, 1.0, "plain", cfg.T)
+            table = torch.randn(V, d, generator=torch.Generator().manual_seed(cfg.seed))
+            start[f"{schedule}, V = {V:,}, d = {d}"] = dict(
+                algorithm_2=dgs_monte_carlo(*noise.at(grid(cfg.T)), table, 1, 200).mean().item(),
+                integrated=dgs(noise, V, d))
+    print("DGS without rescaling, by Algorithm 2 on random embeddings | competitors integrated out")
+    for name, row in start.items():
+        print(f"{name:32s} {row['algorithm_2']:.3f} | {row['integrated']:.3f}")
+    print(f"\n{'schedule':8s} {'V':>6} {'d':>4} {'DGS_MAX':>8} {'paper':>6} {'ours':>6} {'F':>7} "
+          f"{'dense grid':>11}")
+    for schedule, V, d, dgs_max, rescaling, paper in cells[cfg.table]:
+        found, dense = (search_factor(schedule, dgs_max, V, d, rescaling, cfg.T, dense)
+                        for dense in (False, True))
+        rows.append(dict(schedule=schedule, vocab=V, embed_dim=d, dgs_max=dgs_max, paper=paper,
+                         rescaling=rescaling, ours=round(2 * found) / 2, factor=round(found, 3),
+                         dense=round(dense, 3)))
+        print(f"{schedule:8s} {V:6d} {d:4d} {dgs_max:8g} {'-' if paper is None else paper:>6} "
+              f"{rows[-1]['ours']:6g} {found:7.2f} {dense:11.2f}")
+    if cfg.table:
+        steps = Counter(abs(row["ours"] - row["paper"]) / 0.5 for row in rows)
+        print(f"{steps[0]} of {len(rows)} cells are the paper's, {steps[1]} are one step of .5 off")
+    if cfg.save:
+        common.write_json(Path(cfg.save), dict(table=cfg.table, dgs=start, cells=rows,
+                                               **common.environment(common.setup(cfg))))
 
 
 def bench(cfg: Config, place: common.Setup) -> None:
     """Time training steps of a preset on synthetic pairs, one micro-batch per device and step."""
     L = 32
-    cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
-    cfg.batch_size, cfg.factor = cfg.micro_batch * place.world, cfg.factor or 4.0
+    n = min(cfg.micro_tokens, cfg.batch_tokens) // L
+    cfg.factor = cfg.factor or 4.0
     model, net, optimizer, ema = build(cfg, cfg.vocab, place)
-    [index] = common.micro_batches(cfg.batch_size, cfg.micro_batch, place)
-    ids = torch.randint(3, cfg.vocab, (2, len(index), L), device=place.device)
+    ids = torch.randint(3, cfg.vocab, (2, n, L), device=place.device)
     on_cuda = place.device.type == "cuda"
     for step in range(cfg.bench_steps + 6):
         if step == 6:
             on_cuda and torch.cuda.synchronize()
             begin = time.time()
-        u = torch.rand(len(index), device=place.device)
-        eps = torch.randn(len(index), L, cfg.embed_dim, device=place.device)
-        batch = (ids[0], ids[1], u, eps, step % 2 == 0)
-        train_step(net, model, optimizer, ema, cfg, step, [batch], place)
+        u = torch.rand(n, device=place.device)
+        eps = torch.randn(n, L, cfg.embed_dim, device=place.device)
+        batch, world = (ids[0], ids[1], u, eps, step % 2 == 0), place.world
+        train_step(net, model, optimizer, ema, cfg, step, [batch], n * world, n * L * world, place)
     on_cuda and torch.cuda.synchronize()
     seconds = (time.time() - begin) / cfg.bench_steps
-    use = common.utilisation(cfg.batch_size / seconds * flops_per_pair(model, L, L), place)
+    use = common.utilisation(n * world / seconds * flops_per_pair(model, L, L), place)
     record = dict(
-        dataset=cfg.dataset, batch=cfg.batch_size, length=L,
+        dataset=cfg.dataset, batch=n * world, length=L,
         parameters=sum(p.numel() for p in model.parameters()),
-        target_tokens_per_s=round(cfg.batch_size * L / seconds),
+        target_tokens_per_s=round(n * world * L / seconds),
         ms_per_step=round(1000 * seconds, 2), mfu=use and round(use, 4),
         peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_cuda else None,
         **common.environment(place))
@@ -807,17 +886,23 @@ def main(argv: list[str] | None = None) -> None:
     elif cfg.mode == "bench":
         bench(cfg, place)
     elif cfg.mode == "dgs":
-        print_dgs(cfg)
+        search_factors(cfg)
     else:
-        model, data, _ = load_run(cfg, place)
+        model, data, step = load_run(cfg, place)
         if cfg.mode == "eval":
-            print_figures(evaluate(model, cfg, data, place)[0], cfg.split)
+            figures, _ = evaluate(model, cfg, data, place)
+            print_figures(figures, cfg.split)
+            file = Path(cfg.save or Path(cfg.out) / "eval.json")
+            common.write_json(file, dict(
+                method="difformer", dataset=cfg.dataset, split=cfg.split, step=step, argv=argv,
+                figures=figures, config=dataclasses.asdict(cfg), **common.environment(place)))
+            print(f"-> {file}")
             return
-        sources = [a for a, _ in data.texts.get(cfg.split, [])[: cfg.samples]]
+        sources = [a for a, _ in data.pairs_of(cfg.split, cfg.samples)]
         if cfg.source:
             file = Path(cfg.source)
             sources = read_lines(file) if len(cfg.source) < 256 and file.is_file() else [cfg.source]
-        for row in translate(model, sources, data, cfg, place.device, place.autocast):
+        for row in translate(model, sources, data, cfg, place):
             show(row)
 
 
