@@ -37,7 +37,8 @@ the row "data" gives the same metrics of real text, the value to aim at.
                     norm: 0 if all are alike
     effective rank  (sum v)^2 / sum v^2 of the variances v along principal axes: how many
                     dimensions are in use, at most min(V - 1, D)
-    variance of EMB(x)  over 10,000 examples, of each of the L x D dimensions (CATDM's Figure 1)
+    variance of EMB(x)  over examples, of each of the L x D dimensions (CATDM's Figure 1); where
+                    all examples have the same token it is 0 whatever the embeddings
     DGS             how often a degenerate model, which knows the embeddings alone, finds the token
                     in its noisy embedding (Difformer, Definition 2), averaged over the noise levels
                     of the curves: near 1 there is nothing to be learned from context
