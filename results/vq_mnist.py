@@ -131,7 +131,8 @@ def main() -> None:
     images = sets["test"][0]
     back = decode(model, codes["test"]).clamp(-1, 1)
     patches = data.load_images("mnist", args.data_dir)  # what k-means on pixels reaches
-    drawn = torch.from_numpy(patches.draw(patches.splits["test"][:len(images)])).float()[:, None] / 127.5 - 1
+    drawn = patches.draw(patches.splits["test"][:len(images)])
+    drawn = torch.from_numpy(drawn).float()[:, None] / 127.5 - 1
     counts = np.bincount(codes["test"].flatten().numpy(), minlength=model.vocab_size)
     figures = dict(
         psnr_db=psnr(back, images), psnr_db_of_the_patch_codes=psnr(drawn, images),
