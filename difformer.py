@@ -344,8 +344,10 @@ class Difformer(nn.Module):
         return self.embed(y) * self.cfg.embed_dim**0.5
 
     def logits(self, z: Tensor) -> Tensor:
-        """p(y | z), the rounding step: (..., e) -> (..., V) float32."""
-        return F.linear(z, self.embed.weight).float()
+        """p(y | z), the rounding step: (..., e) -> (..., V), in float32: bfloat16 cannot tell the
+        largest two logits apart, and a product over e = 128 dimensions costs little."""
+        with torch.autocast(z.device.type, enabled=False):
+            return F.linear(z.float(), self.embed.weight)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Source ids (B, M) -> states (B, M, d), which are no padding (B, M), length logits."""
@@ -464,6 +466,8 @@ def translate(
     Paper: the text takes the b1 most probable lengths; the authors' code, and we, the most
     probable one and its neighbours.
     """
+    if cfg.length > cfg.max_length - 2 or cfg.K > cfg.T:
+        raise RunError(f"--length is at most {cfg.max_length - 2} and --K at most {cfg.T} here")
     model.eval()
     generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, 99))
     beams = cfg.length_beam * cfg.noise_beam
@@ -482,9 +486,11 @@ def translate(
             N = min(-(-int(lengths.max()) // 8) * 8, cfg.max_length)
             real = torch.arange(N, device=place.device) < lengths[:, None]
             memory, memory_real = (m.repeat_interleave(beams, 0) for m in (memory, memory_real))
-            history = list(denoise(model, memory, memory_real, real, cfg.K, cfg.early_stop,
-                                   cfg.clamp, generator))
-        final = history[-1].view(len(batch), beams, -1).tolist()
+            history = []
+            for tokens in denoise(model, memory, memory_real, real, cfg.K, cfg.early_stop,
+                                  cfg.clamp, generator):
+                history = [*history, tokens] if cfg.show_steps else [tokens]
+        final = tokens.view(len(batch), beams, -1).tolist()
         for i, text in enumerate(batch):
             candidates = [[t for t in c if t != PAD] for c in final[i]]
             n = choose(candidates)
@@ -612,10 +618,10 @@ def train(cfg: Config, place: common.Setup) -> None:
         state = common.read_checkpoint(checkpoint, "difformer", place.device)
         common.check_same_run(state["config"], dataclasses.asdict(cfg), Config)
     data = load(cfg, state)
-    model, net, optimizer, ema = build(cfg, data.vocab_size, place)
     if min(cfg.batch_tokens // max(data.longest), data.pairs) < place.world:
         raise RunError(f"--batch_tokens {cfg.batch_tokens} or {data.pairs} pairs are too few for "
                        f"{place.world} processes with sentences of {max(data.longest)} tokens")
+    model, net, optimizer, ema = build(cfg, data.vocab_size, place)
     step, seconds = 0, 0.0
     if resumed:
         common.load_weights(model, state["model"], checkpoint)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -312,6 +313,20 @@ def test_the_length_is_predicted_or_given(wanted):
     assert seen == [[wanted + 2] * 2 if wanted else predicted]
 
 
+def test_impossible_decoding_is_refused(model):
+    pairs = pair_data([("a b", "b a")])
+    for wrong in (dict(length=15), dict(K=2001)):
+        with pytest.raises(RunError, match="--length is at most 14 and --K at most 2000"):
+            next(difformer.translate(model, ["a"], pairs, Config(**SMALL, **wrong), PLACE))
+
+
+def test_logits_are_float32_under_autocast(model):
+    z = model.z0(torch.arange(20))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(z)
+    assert torch.equal(logits, z @ model.embed.weight.T)
+
+
 # ------------------------------------------------------------------------- whole runs
 
 
@@ -333,6 +348,92 @@ def test_resume_is_exact_and_a_run_leaves_everything(run, capsys):
         run(9, "--loss", "none")
     metrics.main([str(a), "--device", "cpu"])
     assert "exact, %" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_and_the_same_command_resumes(run, monkeypatch, capsys):
+    inner = difformer.train_step
+
+    def interrupted(net, model, optimizer, ema, cfg, step, *rest):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner(net, model, optimizer, ema, cfg, step, *rest)
+    monkeypatch.setattr(difformer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(8, out="a")
+    assert "stopped at step 5, saved: the same command resumes" in capsys.readouterr().out
+    monkeypatch.setattr(difformer, "train_step", inner)
+    a, b = run(8, out="a"), run(8, out="b")
+    assert losses(a)[8] == losses(b)[8]
+    assert (a / "result.json").exists()
+
+
+def test_a_nan_loss_ends_the_run_and_keeps_the_good_state(run, monkeypatch):
+    inner = difformer.train_step
+
+    def broken(net, model, optimizer, ema, cfg, step, *rest):
+        stats = inner(net, model, optimizer, ema, cfg, step, *rest)
+        return stats * math.nan if step == 4 else stats
+    monkeypatch.setattr(difformer, "train_step", broken)
+    with pytest.raises(RunError, match="loss is nan between steps 4 and 6.*earlier, good state"):
+        run(8)
+    with pytest.raises(RunError, match="is nan between steps 4 and 5.*Nothing was saved yet"):
+        run(5, "--save_every", "100", out="b")
+
+
+def test_other_training_text_is_refused_on_resume(run, tmp_path):
+    sides = [tmp_path / "source", tmp_path / "target"]
+    for side in sides:
+        side.write_text(f"eins {side.name}\nzwei {side.name}\n" * 9)
+    files = ["--dataset", "files", "--train", *map(str, sides)]
+    run(2, *files)
+    run(3, *files)
+    sides[0].write_text("drei vier\n" * 18)
+    with pytest.raises(RunError, match="not the one that .* learned its tokens from"):
+        run(4, *files)
+
+
+def test_eval_mode_writes_its_figures_and_settings(run, tmp_path):
+    out = run(2)
+    file = tmp_path / "figures.json"
+    flags = ["--device", "cpu", "--out", str(out), "--split", "test", "--eval_sequences", "2"]
+    difformer.main(["--mode", "eval", *flags, "--K", "3", "--save", str(file)])
+    result = json.loads(file.read_text())
+    assert result["config"]["K"] == 3 and result["split"] == "test" and result["step"] == 2
+    assert {"exact", "bleu", "speed", "anisotropy"} <= set(result["figures"])
+    rows = [json.loads(r) for r in (out / "translations-test.jsonl").read_text().splitlines()]
+    pairs = data.number_pairs(99)["test"][:2]
+    assert [(r["source"], r["reference"]) for r in rows] == pairs
+    assert all(len(r["candidates"]) == 2 for r in rows)
+    difformer.main(["--mode", "eval", *flags])
+    assert json.loads((out / "eval.json").read_text())["config"]["K"] == 4  # the run's
+
+
+def test_too_few_pairs_for_the_processes(run, monkeypatch):
+    setup = common.setup
+    monkeypatch.setattr(common, "setup", lambda cfg: dataclasses.replace(setup(cfg), world=16))
+    with pytest.raises(RunError, match="too few for 16 processes"):
+        run(2)
+
+
+def test_parts_of_all_ranks_make_the_batch():
+    """Ranks and micro-batches divide the rows and their noise without loss."""
+    cfg = Config(dataset="numbers", max_number=99, vocab=300, max_length=32, batch_tokens=512)
+    pairs = data.load_pairs("numbers", length=32, vocab=300, max_number=99)
+    [whole], n, tokens = difformer.load_step(cfg, pairs, 3, PLACE)
+    assert n == len(whole[0]) == len(whole[2]) and tokens == (whole[1] > 0).sum()
+    cfg.micro_tokens = 100
+    found = []
+    for rank in range(2):
+        place = dataclasses.replace(PLACE, rank=rank, world=2)
+        batches, *sizes = difformer.load_step(cfg, pairs, 3, place)
+        assert sizes == [n, tokens] and len(batches) == 3 and all(b[4] == whole[4] for b in batches)
+        assert all(b[0].shape[1] == whole[0].shape[1] for b in batches)
+        found += batches
+    for i in range(4):
+        rows = torch.cat([b[i].flatten(1) if b[i].dim() > 1 else b[i][:, None] for b in found])
+        expected = whole[i].flatten(1) if whole[i].dim() > 1 else whole[i][:, None]
+        assert sorted(rows.tolist()) == sorted(expected.tolist())
+    assert not np.array_equal(whole[3], difformer.load_step(cfg, pairs, 4, PLACE)[0][0][3])
 
 
 def test_micro_batches_change_nothing(run):
