@@ -236,18 +236,16 @@ def test_losses_by_hand(model):
     expected = -logits.log_softmax(-1)[range(4), classes].sum()
     assert length_loss.item() == pytest.approx(expected.item(), rel=1e-5)
     model.cfg.loss = "none"
-    assert model(x, y, u, eps, False)[0].item() == pytest.approx(mse.item(), rel=1e-5)
+    loss = model(x, y, u, eps, False)[0]
+    assert loss.item() == pytest.approx(mse.item(), rel=1e-5)
+    # Gradients reach the embeddings from both sides of the squared error, and through z_t.
+    ours, by_hand = (torch.autograd.grad(value, model.embed.weight, retain_graph=True)[0]
+                     for value in (loss, mse))
+    assert torch.allclose(ours, by_hand, atol=1e-5)
     model.cfg.loss = "rounding"
     log_p = (z0 @ model.embed.weight.T).log_softmax(-1)[real]
     ce = -(0.9 * log_p.gather(-1, y[real][:, None]).sum() + 0.1 * log_p.mean(-1).sum())
     assert model(x, y, u, eps, False)[0].item() == pytest.approx((mse + ce).item(), rel=1e-5)
-
-
-def test_gradients_reach_the_embeddings_from_both_sides(model):
-    x, y, u, eps = batch(model)
-    model.cfg.loss = "none"
-    model(x, y, u, eps, False)[0].backward()
-    assert model.embed.weight.grad[y[2]].abs().sum() > 0
 
 
 def test_frozen_embeddings(tmp_path):
@@ -281,6 +279,36 @@ def test_a_perfect_denoiser_is_found_and_padding_stays(model):
     assert len(history) == 15 and all(h.tolist() == [[1, 5, 7, 0]] for h in history)
 
 
+@pytest.mark.parametrize("clamp", [False, True])
+def test_sampling_follows_the_posterior(model, clamp):
+    """Each call sees the step, its last estimate and a z drawn from q(z_s | z_t, z0hat)."""
+    real = torch.ones(2, 3, dtype=torch.bool)
+    estimates = torch.randn(4, 2, 3, 8, generator=torch.Generator().manual_seed(5))
+    seen = []
+    model.denoise = lambda z, index, previous, *_: (
+        seen.append((z, index.tolist(), previous)), estimates[len(seen) - 1])[1]
+    tokens = list(difformer.denoise(model, None, None, real, 5, 1, clamp,
+                                    torch.Generator().manual_seed(3)))
+    steps = [1999, 1499, 1000, 500, 0]
+    assert [index for _, index, _ in seen] == [[s, s] for s in steps[:4]]
+    assert not seen[0][2].any()
+    assert all(torch.equal(seen[i + 1][2], estimates[i]) for i in range(3))
+    rng = torch.Generator().manual_seed(3)
+    z, bar = torch.randn(2, 3, 8, generator=rng), model.noise.signal**2
+    assert torch.equal(seen[0][0], z)
+    for i in range(3):
+        ids = (estimates[i] @ model.embed.weight.T).argmax(-1)
+        assert torch.equal(tokens[i], ids)
+        z0 = model.z0(ids) if clamp else estimates[i]
+        now, then = bar[steps[i]], bar[steps[i + 1]]
+        alpha = now / then  # of the steps between; the posterior as in appendix B
+        mean = (then.sqrt() * (1 - alpha) * z0 + alpha.sqrt() * (1 - then) * z) / (1 - now)
+        deviation = ((1 - then) / (1 - now) * (1 - alpha)).sqrt()
+        z = mean + deviation * torch.randn(2, 3, 8, generator=rng)
+        assert torch.allclose(seen[i + 1][0], z.float(), atol=1e-4)
+        z = seen[i + 1][0]
+
+
 def pair_data(texts, length=16):
     codec = data.BPECodec(data.learn_bpe([t for pair in texts for t in pair], 260))
     train = tuple(data.Sentences.encode(side, codec) for side in zip(*texts))
@@ -300,17 +328,23 @@ def test_hard_input_is_translated_line_by_line(capsys):
 
 @pytest.mark.parametrize("wanted", [0, 5, 14])
 def test_the_length_is_predicted_or_given(wanted):
+    """Around the prediction by the length beam, each length with the noise beam's draws."""
     pairs = pair_data([("a b", "b a")])
-    cfg = Config(**SMALL, K=1, length_beam=1, noise_beam=1, length=wanted)
+    cfg = Config(**SMALL, K=1, length_beam=3, noise_beam=2, length=wanted)
     model = Difformer(cfg, pairs.vocab_size)
     with torch.no_grad():
         model.net.length_head.bias[128 + 2] = 100.0  # two more than the source
     seen = []
-    model.denoise = lambda z, i, p, real, *_: (seen.append(real.sum(1).tolist()),
-                                               torch.zeros_like(z))[1]
-    list(difformer.translate(model, ["a b a", "a"], pairs, cfg, PLACE))
+    model.denoise = lambda z, i, p, real, memory, memory_real: (
+        seen.append((real.sum(1).tolist(), memory, memory_real)), torch.zeros_like(z))[1]
+    rows = list(difformer.translate(model, ["a b a", "a"], pairs, cfg, PLACE))
+    [(lengths, memory, memory_real)] = seen
     predicted = [len(pairs.encode(text)) + 2 for text in ("a b a", "a")]
-    assert seen == [[wanted + 2] * 2 if wanted else predicted]
+    around = [p + k for p in predicted for k in (-1, -1, 0, 0, 1, 1)]
+    assert lengths == ([wanted + 2] * 12 if wanted else around)
+    assert memory_real.sum(1).tolist() == [predicted[0] - 2] * 6 + [predicted[1] - 2] * 6
+    assert torch.equal(memory[0], memory[5]) and not torch.equal(memory[5], memory[6])
+    assert all(len(row["candidates"]) == 6 for row in rows)
 
 
 def test_impossible_decoding_is_refused(model):
