@@ -1,5 +1,6 @@
 """difformer.py: schedules, degeneration, loss, decoding and whole runs on pairs of sentences."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +386,34 @@ def test_resume_is_exact_and_a_run_leaves_everything(run, capsys):
     assert "exact, %" in capsys.readouterr().out
 
 
+def test_the_gradient_is_that_of_the_global_batch(model):
+    """Per token of all ranks, .1 of the length loss per pair of all ranks, times the ranks that
+    DDP divides by; parts add up."""
+    x, y, u, eps = batch(model)
+    cfg = Config(**SMALL, clip=1e6)
+
+    def gradient(batches, world=1):
+        kept = []
+        optimizer = types.SimpleNamespace(
+            param_groups=[{}], zero_grad=lambda set_to_none: model.zero_grad(set_to_none),
+            step=lambda: kept.append([p.grad.clone() for p in model.parameters()]))
+        place = dataclasses.replace(PLACE, world=world)
+        ema = types.SimpleNamespace(update=lambda: None)
+        model.no_sync = contextlib.nullcontext
+        stats = difformer.train_step(model, model, optimizer, ema, cfg, 50, batches, 40, 300, place)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4 * 51 / 10_000)
+        return kept[0], stats
+
+    loss, length_loss, expected = model(x, y, u, eps, False)
+    by_hand = torch.autograd.grad(loss / 300 + 0.1 * length_loss / 40, list(model.parameters()))
+    parts = [tuple(v[i:i + 2] for v in (x, y, u, eps)) + (False,) for i in (0, 2)]
+    for batches, world in (([(x, y, u, eps, False)], 1), (parts, 1), (parts, 3)):
+        found, stats = gradient(batches, world)
+        for a, b in zip(found, by_hand):
+            assert torch.allclose(a, world * b, atol=1e-5 * world)
+        assert torch.allclose(stats, expected, rtol=1e-4)
+
+
 def test_ctrl_c_saves_and_the_same_command_resumes(run, monkeypatch, capsys):
     inner = difformer.train_step
 
@@ -467,7 +497,10 @@ def test_parts_of_all_ranks_make_the_batch():
         rows = torch.cat([b[i].flatten(1) if b[i].dim() > 1 else b[i][:, None] for b in found])
         expected = whole[i].flatten(1) if whole[i].dim() > 1 else whole[i][:, None]
         assert sorted(rows.tolist()) == sorted(expected.tolist())
-    assert not np.array_equal(whole[3], difformer.load_step(cfg, pairs, 4, PLACE)[0][0][3])
+    [other], *_ = difformer.load_step(cfg, pairs, 4, PLACE)
+    assert whole[2][0] != other[2][0] and not torch.equal(whole[3][0, 0], other[3][0, 0])
+    kinds = [difformer.load_step(cfg, pairs, step, PLACE)[0][0][4] for step in range(40)]
+    assert 10 < sum(kinds) < 30  # half of the steps estimate twice
 
 
 def test_micro_batches_change_nothing(run):
