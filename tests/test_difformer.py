@@ -497,6 +497,7 @@ def test_parts_of_all_ranks_make_the_batch():
         rows = torch.cat([b[i].flatten(1) if b[i].dim() > 1 else b[i][:, None] for b in found])
         expected = whole[i].flatten(1) if whole[i].dim() > 1 else whole[i][:, None]
         assert sorted(rows.tolist()) == sorted(expected.tolist())
+    cfg.micro_tokens = 512
     [other], *_ = difformer.load_step(cfg, pairs, 4, PLACE)
     assert whole[2][0] != other[2][0] and not torch.equal(whole[3][0, 0], other[3][0, 0])
     kinds = [difformer.load_step(cfg, pairs, step, PLACE)[0][0][4] for step in range(40)]
