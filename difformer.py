@@ -2,7 +2,7 @@
 
     python difformer.py                                     CPU, 4 minutes, nothing to download
     python difformer.py --mode sample --source "neunundneunzig" --show_steps
-    python difformer.py --mode dgs --table 19               the noise that the paper found
+    python difformer.py --mode dgs --schedule sqrt          the noise it takes
     python difformer.py --dataset multi30k                  one GPU
     python difformer.py --train a.de a.en --valid b.de b.en your own pairs of sentences
 
@@ -117,10 +117,7 @@ class Config(common.RunConfig):
     # Evaluation
     split: str = arg("valid", "split to evaluate", choices=("train", "valid", "test"))
     eval_sequences: int = arg(0, "sentences to evaluate; 0: the whole split", 0, 10**9)
-    save: str = arg("", "file for the figures of --mode eval (default: eval.json in the run) and "
-                    "--mode dgs")
-    table: int = arg(0, "--mode dgs: all factors of Table 14, 17 or 19; 0: that of the flags",
-                     choices=(0, 14, 17, 19))
+    save: str = arg("", "file for the figures of --mode eval (default: eval.json in the run)")
     bench_steps: int = arg(20, "timed steps of --mode bench", 1, 10**6)
 
 
@@ -287,16 +284,6 @@ def anisotropy(table: Tensor) -> float:
     unit = F.normalize(table.double(), dim=-1)
     V = len(unit)
     return ((unit.sum(0).square().sum() - V) / (V * (V - 1))).item()
-
-
-TABLE_19 = {  # F at d = 128 by DGS_MAX: V = 10K, 20K, 40K
-    "linear": {0.05: (21, 20, 19), 0.1: (9.5, 9, 9), 0.15: (6, 5.5, 5.5), 0.2: (4, 4, 4),
-               0.3: (2.5, 2.5, 2.5)},
-    "cosine": {0.05: (41, 38.5, 37), 0.1: (19, 18.5, 18), 0.15: (12.5, 12, 11.5),
-               0.2: (9, 9, 8.5), 0.3: (6, 5.5, 5.5), 0.5: (3, 2.5, 2.5)},
-    "sqrt": {0.05: (7, 6.5, 6), 0.1: (5, 4.5, 4.5), 0.15: (4, 4, 3.5), 0.2: (3.5, 3.5, 3),
-             0.3: (2.5, 2.5, 2.5), 0.5: (2, 2, 1.5)},
-}
 
 # ---------------------------------------------------------------------------------------------
 # Model and loss
@@ -814,43 +801,17 @@ def probe(out: str, flags: list[str]) -> dict:
                 embeddings=model.z0(torch.arange(model.V, device=place.device)).cpu())
 
 
-def search_factors(cfg: Config) -> None:
-    """F for the flags' schedule, or for every cell of one of the paper's tables, beside the
-    paper's and the one that a dense grid of time steps would give."""
-    cells = {
-        0: [(cfg.schedule, cfg.vocab, cfg.embed_dim, cfg.dgs_max, cfg.rescaling, None)],
-        14: [("sqrt", 10_000, d, 0.15, "plain", f)
-             for d, f in ((64, 2.5), (128, 4), (256, 6), (512, 8.5))],
-        17: [("sqrt", 10_000, 128, m, "vp", f) for m, f in ((0.05, 9.5), (0.15, 4.5), (0.5, 2))],
-        19: [(schedule, V, 128, m, "plain", f) for schedule, rows in TABLE_19.items()
-             for m, row in rows.items() for V, f in zip((10_000, 20_000, 40_000), row)]}
-    start, rows = {}, []
-    for schedule, V, d in dict.fromkeys(cell[:3] for cell in cells[cfg.table]):
-        if V == cells[cfg.table][0][1]:
-            noise = Noise(schedule, 1.0, "plain", cfg.T)
-            table = torch.randn(V, d, generator=torch.Generator().manual_seed(cfg.seed))
-            start[f"{schedule}, V = {V:,}, d = {d}"] = dict(
-                algorithm_2=dgs_monte_carlo(*noise.at(grid(cfg.T)), table, 1, 200).mean().item(),
-                integrated=dgs(noise, V, d))
-    print("DGS without rescaling, by Algorithm 2 on random embeddings | competitors integrated out")
-    for name, row in start.items():
-        print(f"{name:32s} {row['algorithm_2']:.3f} | {row['integrated']:.3f}")
-    print(f"\n{'schedule':8s} {'V':>6} {'d':>4} {'DGS_MAX':>8} {'paper':>6} {'ours':>6} {'F':>7} "
-          f"{'dense grid':>11}")
-    for schedule, V, d, dgs_max, rescaling, paper in cells[cfg.table]:
-        found, dense = (search_factor(schedule, dgs_max, V, d, rescaling, cfg.T, dense)
-                        for dense in (False, True))
-        rows.append(dict(schedule=schedule, vocab=V, embed_dim=d, dgs_max=dgs_max, paper=paper,
-                         rescaling=rescaling, ours=round(2 * found) / 2, factor=round(found, 3),
-                         dense=round(dense, 3)))
-        print(f"{schedule:8s} {V:6d} {d:4d} {dgs_max:8g} {'-' if paper is None else paper:>6} "
-              f"{rows[-1]['ours']:6g} {found:7.2f} {dense:11.2f}")
-    if cfg.table:
-        steps = Counter(abs(row["ours"] - row["paper"]) / 0.5 for row in rows)
-        print(f"{steps[0]} of {len(rows)} cells are the paper's, {steps[1]} are one step of .5 off")
-    if cfg.save:
-        common.write_json(Path(cfg.save), dict(table=cfg.table, dgs=start, cells=rows,
-                                               **common.environment(common.setup(cfg))))
+def print_dgs(cfg: Config) -> None:
+    """DGS of a schedule, F for dgs_max, and F if time were averaged without gaps."""
+    V, d, plain = cfg.vocab, cfg.embed_dim, Noise(cfg.schedule, 1.0, "plain", cfg.T)
+    table = torch.randn(V, d, generator=torch.Generator().manual_seed(cfg.seed))
+    sampled = dgs_monte_carlo(*plain.at(grid(cfg.T)), table, tokens=200).mean().item()
+    print(f"{cfg.schedule}, V = {V:,}, d = {d}, without rescaling: DGS {sampled:.3f} "
+          f"(Algorithm 2), {dgs(plain, V, d):.3f} (competitors integrated out)")
+    found, dense = (search_factor(cfg.schedule, cfg.dgs_max, V, d, cfg.rescaling, cfg.T, dense)
+                    for dense in (False, True))
+    print(f"DGS_MAX {cfg.dgs_max:g}, {cfg.rescaling}: F = {found:.2f}, to the nearest .5 "
+          f"{round(2 * found) / 2:g}; over a dense grid of times {dense:.2f}")
 
 
 def bench(cfg: Config, place: common.Setup) -> None:
@@ -893,7 +854,7 @@ def main(argv: list[str] | None = None) -> None:
     elif cfg.mode == "bench":
         bench(cfg, place)
     elif cfg.mode == "dgs":
-        search_factors(cfg)
+        print_dgs(cfg)
     else:
         model, data, step = load_run(cfg, place)
         if cfg.mode == "eval":

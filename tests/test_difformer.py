@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 import common
 import data
 import difformer
+import difformer_factors
 import eval as metrics
 from common import RunError
 from data import PairData
@@ -119,7 +121,7 @@ def test_search_reproduces_table_19(schedule, dgs_max, V, factor):
     found = difformer.search_factor(schedule, dgs_max, V, 128)
     if factor:
         assert found == pytest.approx(factor, rel=0.02)
-    cell = difformer.TABLE_19[schedule][dgs_max][(10_000, 20_000, 40_000).index(V)]
+    cell = difformer_factors.TABLE_19[schedule][dgs_max][(10_000, 20_000, 40_000).index(V)]
     assert abs(round(2 * found) / 2 - cell) <= (0.5 if factor else 0)
 
 
@@ -141,25 +143,26 @@ def test_dgs_of_table_2_and_by_monte_carlo():
     assert torch.allclose(sampled, difformer.dgs_at(a, s, 300, 64), atol=0.04)
 
 
-def test_dgs_mode_prints_tables_and_saves_them(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(difformer, "search_factor", lambda s, m, V, d, r, T, dense: (
+def test_the_papers_tables_beside_ours(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(difformer_factors, "search_factor", lambda s, m, V, d, r, T, dense: (
         9.0 if dense else {0.05: 9.4, 0.15: 4.2, 0.5: 3.2}[m]) if r == "vp" else d / 32)
-    for number, result in ((17, "1 of 3 cells are the paper's, 1 are one step of .5 off"),
-                           (14, "1 of 4 cells are the paper's, 1 are one step of .5 off")):
-        file = tmp_path / f"{number}.json"
-        difformer.main(["--mode", "dgs", "--table", str(number), "--save", str(file), "--device",
-                        "cpu"])
-        assert result in capsys.readouterr().out
-    cells = json.loads((tmp_path / "17.json").read_text())["cells"]
+    file = tmp_path / "t.json"
+    difformer_factors.main(["--tables", "17", "14", "--save", str(file)])
+    printed = capsys.readouterr().out
+    assert "1 of 3 cells are the paper's, 1 are one step of .5 off" in printed
+    assert "1 of 4 cells are the paper's, 1 are one step of .5 off" in printed
+    cells = json.loads(file.read_text())["table_17"]
     assert [(c["ours"], c["paper"], c["dense"]) for c in cells] == [(9.5, 9.5, 9), (4, 4.5, 9),
                                                                     (3, 2, 9)]
+    assert len(difformer_factors.CELLS[19]) == 51
 
 
-def test_dgs_mode_by_flags(capsys):
+def test_dgs_mode(capsys):
     difformer.main("--mode dgs --schedule sqrt --vocab 10000 --embed_dim 128".split())
-    row = capsys.readouterr().out.splitlines()[-1].split()
-    assert row[:6] == ["sqrt", "10000", "128", "0.15", "-", "4"]
-    assert float(row[7]) < float(row[6]) - 0.05  # the published factors come from a coarse grid
+    printed = capsys.readouterr().out
+    found, dense = (float(re.search(rf"{word} (\d+\.\d+)", printed)[1])
+                    for word in ("F =", "times"))
+    assert "to the nearest .5 4;" in printed and dense < found - 0.05  # it depends on the grid
 
 
 def test_anisotropy():
@@ -201,6 +204,49 @@ def test_padding_changes_nobody_elses_output(model):
     z[2, 0] += 10  # a real token, on the contrary, is seen
     assert not torch.allclose(model.denoise(z, index, z, real, memory, memory_real)[2, 5],
                               out[2, 5], atol=1e-5)
+
+
+def test_the_network_is_pytorchs_transformer(model):
+    """Encoder, decoder and their inputs, with the layers of torch.nn in place of ours."""
+    net, d = model.net.eval(), 16
+
+    def copy(theirs, ours):
+        theirs.in_proj_weight.data = torch.cat([ours.q.weight, ours.kv.weight])
+        theirs.in_proj_bias.data = torch.cat([ours.q.bias, ours.kv.bias])
+        theirs.out_proj.load_state_dict(ours.out.state_dict())
+
+    def layer(kind, block):
+        theirs = kind(d, 2, 16, dropout=0.0, batch_first=True).eval()
+        copy(theirs.self_attn, block.attention)
+        norms = [block.norm1, block.norm3]
+        if kind is torch.nn.TransformerDecoderLayer:
+            copy(theirs.multihead_attn, block.cross)
+            norms.insert(1, block.norm2)
+        for number, norm in enumerate(norms, 1):
+            getattr(theirs, f"norm{number}").load_state_dict(norm.state_dict())
+        theirs.linear1.load_state_dict(block.mlp[0].state_dict())
+        theirs.linear2.load_state_dict(block.mlp[2].state_dict())
+        return theirs
+
+    for p in net.parameters():  # biases and norms differ from their start
+        p.data += 0.1 * torch.randn_like(p)
+    x, y, _, eps = batch(model)
+    memory, memory_real, length_logits = model.encode(x)
+    h = net.source_norm(net.source_in(model.embed(x) * 8**0.5) + net.source_place.weight[:6])
+    h = layer(torch.nn.TransformerEncoderLayer, net.encoder[0])(h, src_key_padding_mask=x == 0)
+    assert torch.allclose(memory[x > 0], h[x > 0], atol=1e-5)
+    means = torch.stack([row[ids > 0].mean(0) for row, ids in zip(h, x)])
+    assert torch.allclose(length_logits, net.length_head(means), atol=1e-5)
+
+    index, previous = torch.tensor([0, 700, 1500, 1999]), torch.randn(4, 8, 8)
+    found = model.denoise(eps, index, previous, y > 0, memory, memory_real)
+    angles = torch.tensor([[i / 2 * 1e4 ** (-k / 8) for k in range(8)] for i in index.tolist()])
+    t = net.time(torch.cat([angles.cos(), angles.sin()], -1))
+    both = torch.cat([net.target_in(eps), net.target_in(previous)], -1)
+    h = net.target_norm(net.previous(both) + t[:, None] + net.target_place.weight[:8])
+    h = layer(torch.nn.TransformerDecoderLayer, net.decoder[0])(
+        h, memory, tgt_key_padding_mask=y == 0, memory_key_padding_mask=x == 0)
+    assert torch.allclose(found[y > 0], net.out(h)[y > 0], atol=1e-4)
 
 
 def test_self_conditioning_passes_no_gradient(model, monkeypatch):

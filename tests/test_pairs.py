@@ -302,6 +302,8 @@ def test_bleu_gives_the_published_examples():
     assert data.bleu([["a", "b"]], [[["a", "b", "c", "d"]]]) == 0
     smooth = data.bleu([["a", "b"]], [[["a", "b", "c", "d"]]], smooth=True)
     assert smooth == pytest.approx(math.exp(1 - 4 / 2))
+    smooth = data.bleu([list("abcde")], [[list("abcdf")]], smooth=True)
+    assert smooth == pytest.approx((4 / 5 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
 
 
 def test_tokeniser_and_figures():
