@@ -372,6 +372,8 @@ def test_hard_input_is_translated_line_by_line(capsys):
     rows = list(difformer.translate(model, sources, pairs, cfg, PLACE))
     assert [r["source"] for r in rows] == sources and rows[1]["text"] == ""
     assert "cut to --max_length 16" in capsys.readouterr().err
+    long = pairs.rows(["a " * 1000, "b"])
+    assert long.shape == (2, 16) and long[0, -1] == 2 and (long[0, :-1] != 2).all()
 
 
 @pytest.mark.parametrize("wanted", [0, 5, 14])
