@@ -4,7 +4,8 @@
     python difformer.py --mode sample --source "neunundneunzig" --show_steps
     python difformer.py --mode dgs --schedule sqrt          the noise it takes
     python difformer.py --dataset multi30k                  one GPU
-    python difformer.py --train a.de a.en --valid b.de b.en your own pairs of sentences
+    torchrun --nproc_per_node 8 difformer.py --dataset wmt14    eight GPUs, the paper's main run
+    python difformer.py --train a.de a.en --valid b.de b.en     your own pairs of sentences
 
 A sentence's embeddings get Gaussian noise; a decoder that sees the source sentence learns to take
 it out. Equation numbers are the paper's ("Empowering Diffusion Models on the Embedding Space for
