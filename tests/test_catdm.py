@@ -124,13 +124,14 @@ def bounds(model, draws, end):
     return values.mean(1), values.std(1) / math.sqrt(draws)
 
 
-@pytest.mark.parametrize("shift,end", [(-1.0, 15.0), (0.0, 6.0), (-1.0, 3.0)])
+@pytest.mark.parametrize("shift,end", [(-1.0, 15.0), (0.0, 6.0), (-1.0, 4.0)])
 def test_bound_of_the_exact_posterior_is_the_entropy(shift, end):
     """For the true reverse process Eq. 2 is an equality on average, up to how x is decoded: at
-    logsnr `end` each position by itself, which costs nothing once z_0 tells x."""
+    logsnr `end` each position by itself, which costs nothing once z_0 tells x. The naive error
+    overstates: times are evenly spread, so two of it are plenty."""
     mean, error = bounds(Oracle(shift=shift), 8000, end)
     total, error = (P * mean).sum(), (P * error).square().sum().sqrt()
-    assert error < 0.02 and total.item() == pytest.approx(ENTROPY, abs=4 * error.item() + 0.004)
+    assert error < 0.03 and total.item() == pytest.approx(ENTROPY, abs=2 * error.item())
 
 
 @pytest.mark.parametrize("end", [5.0, 1.0, -1.0])
@@ -604,6 +605,7 @@ def test_the_source_reaches_the_prediction():
 # ------------------------------------------------------------------------- runs
 
 TINY = ["--device", "cpu", "--dim", "16", "--heads", "2", "--depth", "1", "--embed_dim", "8",
+        "--dropout", "0",
         "--batch_size", "8", "--micro_batch", "8", "--lr", "1e-2", "--lr_schedule", "constant",
         "--warmup", "2", "--log_every", "2", "--save_every", "3", "--samples", "4",
         "--sample_steps", "3", "--eval_sequences", "8", "--eval_draws", "1"]
@@ -669,7 +671,7 @@ def test_a_run_leaves_everything_it_should(run, capsys, flags):
         assert printed.count("--- sample") == 4
     elif flags == PAIRS:
         rows = [json.loads(row) for row in (out / "translations.jsonl").read_text().splitlines()]
-        assert len(rows) == 8 and {"source", "text", "reference"} == set(rows[0])
+        assert len(rows) == 5 and {"source", "text", "reference"} == set(rows[0])  # of 100
         assert {"bleu", "exact"} <= set(figures)
     else:
         with np.load(out / "samples.npz") as file:
