@@ -1,0 +1,861 @@
+"""catdm.py: schedule, loss, sampler and bound against exact small worlds; then whole runs."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import catdm
+import common
+from catdm import CATDM, Config, Denoiser
+from common import RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+T = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+
+# ------------------------------------------------------------------------- schedule
+
+
+def test_logsnr_is_the_papers_and_variance_is_preserved():
+    want = torch.tensor([-2 * math.log(math.tan(math.pi * t / 2)) for t in T], dtype=T.dtype)
+    assert torch.allclose(catdm.logsnr(T, 0.0), want, atol=1e-12)
+    a, sigma = catdm.signal_and_noise(T, -1.3)
+    assert torch.allclose(a**2 + sigma**2, torch.ones_like(T))
+    assert torch.allclose((a**2 / sigma**2).log(), want - 1.3)
+
+
+def test_shift_adds_at_every_time_and_the_ends_are_finite():
+    t = torch.tensor([0.0, 1e-6, 0.3, 1.0])
+    for s in (-3.0, 2.0):
+        assert torch.allclose(catdm.logsnr(t, s), catdm.logsnr(t, 0.0) + s)
+    assert catdm.logsnr(t, -1.0)[[0, 3]].tolist() == [14.0, -16.0]
+    assert torch.isfinite(torch.stack(catdm.signal_and_noise(t, -1.0))).all()
+
+
+@pytest.mark.parametrize("factor", [2.0, 4.0])
+def test_difformers_rescaling_is_the_shift(factor):
+    """Eq. 8 of Difformer on the cosine's alpha-bar, which divides the SNR by F^2."""
+    bar = catdm.signal_and_noise(T, 0.0)[0] ** 2
+    rescaled = bar / (factor**2 - (factor**2 - 1) * bar)
+    a, _ = catdm.signal_and_noise(T, -2 * math.log(factor))
+    assert torch.allclose(a**2, rescaled, rtol=1e-10)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.5])
+def test_diffusion_weight_is_minus_half_the_derivative_of_the_snr(shift):
+    snr, h = (lambda t: catdm.logsnr(t, shift).exp()), 1e-6
+    slope = (snr(T + h) - snr(T - h)) / (2 * h)
+    assert torch.allclose(catdm.diffusion_weight(T, shift), -slope / 2, rtol=1e-5)
+    ends = torch.tensor([0.0, 1e-5, 1 - 1e-7, 1.0])
+    assert (catdm.diffusion_weight(ends, shift) == 0).all()  # the clamp holds the SNR still
+
+
+def test_time_of_inverts_the_schedule():
+    for v in (-4.0, 0.0, 8.0):
+        t = torch.tensor(catdm.time_of(v), dtype=torch.float64)
+        assert catdm.logsnr(t, 0.0).item() == pytest.approx(v)
+
+
+# ------------------------------------------------------------------------- a tiny world
+# 3 symbols x 2 positions, a distribution with strong dependence between the positions.
+
+V, L = 3, 2
+WORLD = torch.tensor([[0.30, 0.02, 0.01], [0.03, 0.25, 0.04], [0.05, 0.10, 0.20]],
+                     dtype=torch.float64)
+STATES = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (9, 2)
+P = WORLD.flatten()
+ENTROPY = -(P * P.log()).sum().item()
+EMBEDDINGS = torch.tensor([[1.5, 0.0], [-0.5, 1.0], [-0.5, -1.0]], dtype=torch.float64)
+
+
+class Oracle:
+    """Stands in for Denoiser: the exact p(x | z_t) of the tiny world, by Bayes' rule."""
+
+    V, length, classes = V, L, 0
+
+    def __init__(self, prior=P, shift=-1.0, embeddings=EMBEDDINGS):
+        self.cfg = Config(embed_dim=embeddings.shape[1], shift=shift)
+        self.prior, self.embeddings = prior, embeddings
+
+    def table(self):
+        return self.embeddings
+
+    def given(self, y, real):
+        return (), None
+
+    def __call__(self, z, t, given=()):
+        a, sigma = (c[:, None, None] for c in catdm.signal_and_noise(t, self.cfg.shift))
+        means = self.embeddings[STATES].flatten(1)                         # (9, L * D)
+        gap = z.double().flatten(1)[:, None] - a * means
+        log_p = self.prior.log() - 0.5 * gap.square().sum(-1) / sigma[..., 0] ** 2
+        one_hot = F.one_hot(STATES, V).double()
+        marginals = torch.einsum("bs,slv->blv", log_p.softmax(-1), one_hot)
+        return marginals.clamp_min(1e-300).log()
+
+
+class Guess(Oracle):
+    """A denoiser that is wrong: random maps from z_t to logits, surer when there is less noise."""
+
+    def __init__(self, seed=0, **kwargs):
+        super().__init__(**kwargs)
+        g = torch.Generator().manual_seed(seed)
+        self.map = 2 * torch.randn(L * 2, L * V, generator=g, dtype=torch.float64)
+
+    def __call__(self, z, t, given=()):
+        return super().__call__(z, t) + (z.double().flatten(1) @ self.map).view(-1, L, V)
+
+
+def bounds(model, draws, end):
+    """Bound on -log p(x) of all positions and its standard error for each of the nine states."""
+    x = STATES.repeat_interleave(draws, 0)
+    terms = catdm.likelihoods(model, iter([(x, None)]), 1, 0, end=end)
+    values = L * terms.sum(1).view(len(STATES), draws)
+    return values.mean(1), values.std(1) / math.sqrt(draws)
+
+
+@pytest.mark.parametrize("shift,end", [(-1.0, 15.0), (0.0, 6.0), (-1.0, 4.0)])
+def test_bound_of_the_exact_posterior_is_the_entropy(shift, end):
+    """For the true reverse process Eq. 2 is an equality on average, up to how x is decoded: at
+    logsnr `end` each position by itself, which costs nothing once z_0 tells x. The naive error
+    overstates: times are evenly spread, so two of it are plenty."""
+    mean, error = bounds(Oracle(shift=shift), 8000, end)
+    total, error = (P * mean).sum(), (P * error).square().sum().sqrt()
+    assert error < 0.03 and total.item() == pytest.approx(ENTROPY, abs=2 * error.item())
+
+
+@pytest.mark.parametrize("end", [5.0, 1.0, -1.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bounds_of_any_denoiser_sum_to_at_most_one(seed, end):
+    """Wherever the diffusion ends, exp(-bound) is below a distribution."""
+    mean, error = bounds(Guess(seed), 3000, end)
+    p = (-mean).exp()
+    assert p.sum() <= 1 + 4 * (p * error).square().sum().sqrt()
+
+
+class Uniform(Oracle):
+    """Every symbol is as likely as any other."""
+
+    def __init__(self, V, D, shift=-1.0, scale=1.0):
+        g = torch.Generator().manual_seed(0)
+        super().__init__(None, shift, scale * torch.randn(V, D, generator=g, dtype=torch.float64))
+        self.V = V
+
+    def __call__(self, z, t, given=()):
+        return torch.zeros(*z.shape[:2], self.V)
+
+
+@pytest.mark.parametrize("V,end,shift", [(2, 2.0, 0.0), (27, 4.0, -1.0), (27, 15.0, -9.0)])
+def test_three_parts_of_the_bound_in_closed_form(V, end, shift):
+    """A uniform prediction: ln V to decode, |e_x - mean|^2 / 2 times the fall of the SNR, and the
+    Gaussian KL of z_1. 4,000 evenly spaced times stand for the expectation; text8 has V = 27."""
+    D, n = 4, 4000
+    model = Uniform(V, D, shift)
+    x = (torch.arange(n) % V)[:, None].repeat(1, 3)
+    real = torch.ones_like(x, dtype=torch.bool)
+    eps = torch.randn(n, 3, D, generator=torch.Generator().manual_seed(0))
+    for v in (0, V - 1):  # one symbol at a time, at all times
+        u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        if end == 15.0:  # the weight is steep there: evenly spaced in log-SNR instead
+            edges = torch.linspace(-15, 15, n + 1, dtype=torch.float64)
+            t = torch.tensor([catdm.time_of(float(e)) for e in (edges[1:] + edges[:-1]) / 2])
+            t_0 = catdm.time_of(end)
+            u = (t - t_0) / (1 - t_0)
+        terms = catdm.bound_terms(model, torch.full_like(x, v), None, u, eps, eps, real, end)
+        e = model.embeddings
+        snr = catdm.logsnr(torch.tensor([catdm.time_of(end), 1.0]), shift).exp()
+        want = 0.5 * (snr[0] - snr[1]) * (e[v] - e.mean(0)).square().sum()
+        if end == 15.0:
+            width = 30 / n * torch.tensor([1 / (2 * math.pi / math.sin(math.pi * t)) for t in t])
+            got = (terms[:, 2] / (1 - t_0) * width).sum()
+        else:
+            got = terms[:, 2].mean()
+        assert got.item() == pytest.approx(want.item(), rel=2e-3)  # quadrature error
+        assert torch.allclose(terms[:, 1], torch.full((n,), math.log(V), dtype=torch.float64))
+        a, sigma = catdm.signal_and_noise(torch.ones(()), shift)
+        q = torch.distributions.Normal(a * e[v], sigma)
+        unit = torch.distributions.Normal(torch.zeros(D, dtype=torch.float64), 1.0)
+        kl = torch.distributions.kl_divergence(q, unit).sum()
+        assert torch.allclose(terms[:, 0], kl.expand(n), rtol=1e-6, atol=1e-12)
+
+
+def test_bound_counts_real_tokens_only():
+    model, x = Uniform(5, 2), torch.tensor([[0, 1, 2, 3], [4, 4, 4, 4]])
+    real = torch.tensor([[True, True, False, False], [True] * 4])
+    noise = torch.randn(2, 4, 2)
+    terms = catdm.bound_terms(model, x, None, torch.full((2,), 0.5), noise, noise, real, 3.0)
+    both = x[:1, :2].repeat(2, 1), real[:1, :2].repeat(2, 1)
+    short = catdm.bound_terms(model, both[0], None, torch.full((2,), 0.5), noise[:, :2],
+                              noise[:, :2], both[1], 3.0)
+    assert torch.allclose(terms[0], short[0])
+
+
+# ------------------------------------------------------------------------- sampler
+
+
+def test_ddim_recovers_z_s_when_the_prediction_is_the_truth():
+    g = torch.Generator().manual_seed(0)
+    z_0, eps = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
+    for s, t in [(0.0, 0.2), (0.3, 0.9), (0.5, 1.0)]:
+        (a_t, sigma_t), (a_s, sigma_s) = (
+            catdm.signal_and_noise(torch.tensor(v), -1.0) for v in (t, s))
+        z_t, z_s = a_t * z_0 + sigma_t * eps, a_s * z_0 + sigma_s * eps
+        assert torch.allclose(catdm.ddim(z_t, z_0, a_t, sigma_t, a_s, sigma_s), z_s, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler,steps", [("ancestral", 64), ("ddim", 64)])
+def test_samples_of_the_exact_posterior_follow_the_world(sampler, steps):
+    """20,000 samples; the tolerance is 5 standard errors and what 64 steps leave."""
+    torch.manual_seed(0)
+    n = 20_000
+    for x in catdm.sample(Oracle(), (n, L), steps, sampler=sampler):
+        pass
+    freq = torch.bincount(x[:, 0] * V + x[:, 1], minlength=9) / n
+    assert (freq - P).abs().max() < 5 * math.sqrt(0.3 * 0.7 / n) + 0.005
+
+
+def test_ancestral_steps_use_the_general_posterior(monkeypatch):
+    """One step by hand: Eq. 1 with the softmax-weighted embedding and the schedule's ends."""
+    model, seen = Oracle(), []
+
+    def record(z_t, z_0, *path):
+        seen.append((z_t, z_0, path))
+        return posterior(z_t, z_0, *path)
+    posterior = common.gaussian_posterior
+    monkeypatch.setattr(common, "gaussian_posterior", record)
+    calls = list(catdm.sample(model, (4, L), 3))
+    assert len(calls) == 4 and len(seen) == 3
+    for k, (z_t, z_0, path) in enumerate(seen):
+        t, s = 1 - k / 3, 1 - (k + 1) / 3
+        t, s = (torch.tensor(v, dtype=torch.float64).clamp_min(0) for v in (t, s))
+        want = *catdm.signal_and_noise(t, -1.0), *catdm.signal_and_noise(s, -1.0)
+        assert torch.allclose(torch.stack(path), torch.stack(want), atol=1e-7)
+        p = model(z_t.float(), t.expand(4)).softmax(-1)
+        assert torch.allclose(z_0, p @ EMBEDDINGS, atol=1e-6)
+    a_t, sigma_t, a_s, sigma_s = seen[0][2]
+    mean, var = posterior(*seen[0][:2], *seen[0][2])
+    alpha, var_ts = a_t / a_s, sigma_t**2 - (a_t / a_s) ** 2 * sigma_s**2
+    assert torch.allclose(mean, alpha * sigma_s**2 / sigma_t**2 * seen[0][0]
+                          + a_s * var_ts / sigma_t**2 * seen[0][1])
+    assert torch.allclose(var, var_ts * sigma_s**2 / sigma_t**2)
+
+
+def test_the_last_call_draws_and_argmax_does_not():
+    """A denoiser that never knows: drawn tokens are spread out, argmax takes the first."""
+    model = Uniform(5, 2)
+    model.length = 3
+    torch.manual_seed(0)
+    *_, drawn = catdm.sample(model, (2000, 3), 2)
+    *_, best = catdm.sample(model, (2000, 3), 2, argmax=True)
+    assert (best == 0).all()
+    freq = torch.bincount(drawn.flatten()) / drawn.numel()
+    assert (freq - 0.2).abs().max() < 5 * math.sqrt(0.16 / 6000)
+
+
+def image_model(seed=0, classes=3, **flags):
+    torch.manual_seed(seed)
+    flags = dict(dim=8, heads=2, depth=2, dropout=0.0, embed_dim=4, init_std=0.4) | flags
+    model = Denoiser(Config(dataset="glyphs", **flags), 5, 7, classes)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model.eval()
+
+
+def test_guidance_is_eq_4():
+    model = image_model()
+    z, y, t = torch.randn(6, 7, 4), torch.tensor([0, 1, 2] * 2), torch.tensor(0.4)
+    plain = catdm.predict(model, z, t, (y,))
+    with_y = model(z, t.expand(6), (y,)).double().log_softmax(-1)
+    assert torch.allclose(plain, with_y) and torch.equal(
+        plain, catdm.predict(model, z, t, (y,), guidance=0.0))
+    null = model(z, t.expand(6), (torch.full_like(y, 3),)).double().log_softmax(-1)
+    got = catdm.predict(model, z, t, (y,), guidance=1.5)
+    want = (2.5 * with_y - 1.5 * null).exp()
+    assert torch.allclose(got.exp(), want / want.sum(-1, keepdim=True), atol=1e-5)  # float32 model
+    assert torch.allclose(got.logsumexp(-1), torch.zeros(6, 7, dtype=torch.float64), atol=1e-12)
+
+
+# ------------------------------------------------------------------------- network
+
+
+@pytest.mark.parametrize("flags,V,classes,millions", [
+    ({}, 1024, 0, 56.1), (dict(dim=768, depth=24, heads=16), 1024, 1000, 246.4)])
+def test_published_parameter_counts(flags, V, classes, millions):
+    with torch.device("meta"):
+        model = Denoiser(Config(dataset="ffhq", **flags), V, 256, classes)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
+def test_presets_have_the_published_sizes():
+    get = lambda name: Config(dataset=name, **catdm.PRESETS[name])  # noqa: E731
+    assert (get("ffhq").dim, get("ffhq").depth, get("ffhq").heads) == (512, 15, 8)
+    assert (get("imagenet").dim, get("imagenet").depth, get("imagenet").heads) == (768, 24, 16)
+    assert (get("text8").dim, get("text8").depth, get("text8").batch_size) == (768, 12, 512)
+
+
+def test_presets_name_fields_and_train_like_cadd():
+    import cadd
+    fields = {f.name for f in dataclasses.fields(Config)}
+    for name, row in catdm.PRESETS.items():
+        assert set(row) <= fields, name
+        Config(**row)
+    own, other = (Config(**catdm.PRESETS["english27"]), cadd.Config(**cadd.PRESETS["english27"]))
+    for name in ("length", "dim", "depth", "heads", "dropout", "steps", "batch_size", "lr", "ema",
+                 "lr_schedule", "warmup", "beta2", "weight_decay", "clip"):
+        assert getattr(own, name) == getattr(other, name), name
+
+
+@pytest.mark.parametrize("init,std", [("std", 256**-0.5), ("variance", 256**-0.25)])
+def test_embedding_initialisation(init, std):
+    model = Denoiser(Config(dataset="ffhq", dim=8, heads=2, depth=1, embed_init=init), 500, 4)
+    assert model.table().std().item() == pytest.approx(std, rel=0.02)  # 128,000 draws
+
+
+def test_l2_norm_and_frozen_embeddings(tmp_path):
+    table = image_model(l2_norm=2.5).table()
+    assert torch.allclose(table.norm(dim=-1), torch.full((5,), 2.5))
+    rows = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    np.save(tmp_path / "e.npy", rows)
+    flags = dict(dim=8, heads=2, depth=1, embed_dim=4, embeddings=str(tmp_path / "e.npy"))
+    model = Denoiser(Config(dataset="glyphs", **flags), 5, 7)
+    assert np.array_equal(model.table().numpy(), rows) and not model.embed.weight.requires_grad
+    with pytest.raises(RunError, match=r"shape \(5, 4\), this model needs \(6, 4\)"):
+        Denoiser(Config(dataset="glyphs", **flags), 6, 7)
+
+
+def test_class_and_time_reach_the_network_only_through_their_layers():
+    model = image_model()
+    z, t, y = torch.randn(2, 7, 4), torch.tensor([0.2, 0.2]), torch.tensor([0, 0])
+    base = model(z, t, (y,))
+    assert not torch.allclose(base, model(z, t, (y + 1,)))
+    assert not torch.allclose(base, model(z, t + 0.3, (y,)))
+    assert not torch.allclose(base, model(z.flip(1), t, (y,)).flip(1))  # positions matter
+    for block in model.net.blocks:
+        for layer in (block.by_time, block.by_label):
+            torch.nn.init.zeros_(layer.weight)
+    assert torch.allclose(model(z, t, (y,)), model(z, t + 0.3, (y + 1,)))
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(RunError, match="even multiple of --heads"):
+        Denoiser(Config(dim=10, heads=3), 5, 7)
+
+
+# ------------------------------------------------------------------------- loss
+
+
+def tiny(seed=0, dataset="glyphs", classes=3, pad=None, **flags):
+    """A random model whose teacher differs from the student, so that mixing them up shows."""
+    torch.manual_seed(seed)
+    flags = dict(dim=8, heads=2, depth=1, dropout=0.0, embed_dim=4, length=7) | flags
+    model = CATDM(Config(dataset=dataset, **flags), 5, 7, classes, pad)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
+def tiny_batch(seed=0, B=6, n=3, length=7, D=4):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randint(5, (B, length), generator=g), torch.randint(3, (B,), generator=g)
+    t = common.low_discrepancy_t(torch.arange(B), B, 0.3, 0.0)
+    u = torch.rand(B, length + 3, generator=g)
+    return x, y, t, u, torch.randn(B, length, D, generator=g), torch.randn(n, length, D, generator=g)
+
+
+def reference_loss(model, x, y, t, u, eps, eps0, cfg):
+    """Algorithm 1 one sample at a time, written from the paper; returns (L_0, the rest)."""
+    student, teacher = model.student, model.teacher
+    E, E_bar = student.table(), teacher.table().detach()
+
+    def coef(t):
+        snr = math.exp(max(-15, min(15, -2 * math.log(math.tan(math.pi * t / 2)))) + cfg.shift)
+        return math.sqrt(snr / (1 + snr)), math.sqrt(1 / (1 + snr))
+    first = rest = 0.0
+    for i in range(len(x)):
+        label = y[i:i + 1] if u[i, -1] >= cfg.null_labels else torch.tensor([3])
+        ti = t[i].item()
+        share = {"fixed": cfg.drop, "rand_drop": u[i, 7].item(), "linear": ti}[cfg.dropping]
+        keep = (u[i, :7] >= share).float()[:, None] if cfg.drop else torch.ones(7, 1)
+        gone = student.dropped if cfg.dropped == "learned" else torch.zeros(4)
+        a_t, sigma_t = coef(ti)
+        z_t = a_t * (E[x[i]] * keep + gone * (1 - keep)) + sigma_t * eps[i]
+        log_p = student(z_t[None], t[i:i + 1], (label,))[0].log_softmax(-1)
+        z_hat = log_p.exp() @ E
+        dm = (E[x[i]] - z_hat).square().sum()
+        s = ti * u[i, 8].item()
+        a_s, sigma_s = coef(s)
+        z_s = (a_s * E_bar[x[i]] + sigma_s / sigma_t * (z_t - a_t * E_bar[x[i]])).detach()
+        q = teacher(z_s[None], torch.tensor([s]), (label,))[0].log_softmax(-1).detach()
+        cm = {"cm": F.kl_div(log_p, q, reduction="sum", log_target=True),
+              "ce": F.nll_loss(log_p, x[i], reduction="sum"), "none": 0.0}[cfg.cm]
+        rest = rest + cfg.beta_dm * dm + cfg.beta_cm * cm
+        if i < len(eps0):
+            a_0, sigma_0 = coef(1e-9)
+            z_0 = a_0 * E[x[i]] + sigma_0 * eps0[i]
+            first = first + F.cross_entropy(student(z_0[None], torch.zeros(1), (label,))[0], x[i],
+                                            reduction="sum")
+    return first, rest
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"cm": "ce"}, {"cm": "none"}, {"dropping": "rand_drop"}, {"dropping": "linear"},
+    {"drop": 0.0}, {"dropped": "learned", "drop": 0.5}, {"shift": 0.7}, {"l2_norm": 1.5},
+    {"beta_dm": 0.3, "beta_cm": 2.0}, {"null_labels": 0.6}])
+def test_loss_and_all_gradients_follow_algorithm_1(flags):
+    """Gradients reach the embeddings through z_t, both sides of L_DM and L_0, never through z_s:
+    the reference detaches z_s and the teacher, and nothing else."""
+    model, batch = tiny(**flags), tiny_batch()
+    sums, _ = model(*batch)
+    first, rest = reference_loss(model, *batch, model.cfg)
+    assert sums[0].item() == pytest.approx(first.item(), rel=1e-4)
+    assert sums[1].item() == pytest.approx(rest.item(), rel=1e-4)
+    grads = []
+    for loss in (sums[0] + 0.7 * sums[1], first + 0.7 * rest):
+        model.zero_grad()
+        loss.backward()
+        grads.append({k: p.grad for k, p in model.student.named_parameters()})
+        assert all(p.grad is None for p in model.teacher.parameters())
+    for name, g in grads[0].items():
+        other = grads[1][name]
+        assert (g is None) == (other is None), name
+        if g is not None:
+            assert (g - other).norm() < 2e-3 * other.norm() + 1e-5, name  # float32
+
+
+@pytest.mark.parametrize("path", ["recon", "input", "target"])
+def test_gradient_reaches_the_embeddings_by_each_path(path):
+    """One path at a time is opened, the others are cut."""
+    model, (x, y, t, u, eps, eps0) = tiny(cm="none", beta_dm=1.0, drop=0.0), tiny_batch()
+    student = model.student
+    if path == "input":  # blind to z_t: what is left of the rest is both sides of L_DM
+        pass
+    else:
+        torch.nn.init.zeros_(student.enter.weight)
+    if path == "recon":
+        torch.nn.init.normal_(student.enter.weight)
+    sums, _ = model(x, y, t, u, eps, eps0)
+    sums[0 if path == "recon" else 1].backward()
+    assert student.embed.weight.grad.abs().sum() > 1e-3
+
+
+def test_consistency_loss_is_zero_iff_the_predictions_agree():
+    model, batch = tiny(), tiny_batch()
+    model.teacher.load_state_dict(model.student.state_dict())
+    for part in (model.student, model.teacher):  # a prediction that depends on nothing
+        torch.nn.init.zeros_(part.head.weight)
+    _, stats = model(*batch)
+    assert stats[1].abs().max() < 1e-5 and stats[2].sum() > 1
+    with torch.no_grad():
+        model.teacher.head.bias[0] += 0.5
+    _, stats = model(*batch)
+    q, p = (m.head.bias.softmax(-1) for m in (model.teacher, model.student))
+    want = (q * (q / p).log()).sum().item()
+    assert stats[1].sum().item() == pytest.approx(want * stats[3].sum().item(), rel=1e-4)
+
+
+def test_the_teacher_sees_the_later_time_through_its_own_embeddings():
+    model, (x, y, t, u, eps, eps0) = tiny(drop=0.0), tiny_batch()
+    seen = {}
+    for name in ("student", "teacher"):
+        net = getattr(model, name)
+        forward = net.forward
+        net.forward = lambda z, t, given, name=name, forward=forward: (
+            seen.__setitem__(name, (z, t)), forward(z, t, given))[1]
+    model(x, y, t, u, eps, eps0)
+    (z_t, times), (z_s, s) = seen["student"], seen["teacher"]
+    assert torch.equal(times, torch.cat([t, torch.zeros(3)])) and torch.equal(s, u[:, -2] * t)
+    assert ((s <= t) & (s >= 0)).all() and not z_s.requires_grad
+    # on the line: z_s - a_s e-bar is sigma_s / sigma_t times z_t - a_t e-bar
+    e = model.teacher.table()[x]
+    (a_t, sigma_t), (a_s, sigma_s) = (
+        [c.float()[:, None, None] for c in catdm.signal_and_noise(v, -1.0)] for v in (t, s))
+    assert torch.allclose((z_s - a_s * e) * sigma_t, (z_t[:6] - a_t * e) * sigma_s, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropping", ["fixed", "rand_drop", "linear"])
+def test_dropping_rates(dropping):
+    """Dropped tokens enter as zero plus noise; 6,000 samples of 7, five standard errors."""
+    model = tiny(dropping=dropping, drop=0.2, cm="none")
+    B, seen = 6000, {}
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randint(5, (B, 7), generator=g), torch.zeros(B, dtype=torch.long)
+    t = common.low_discrepancy_t(torch.arange(B), B, 0.3, 0.0)
+    u = torch.rand(B, 10, generator=g)
+    net, forward = model.student, model.student.forward
+    net.forward = lambda z, t, given: (seen.__setitem__("z", z), forward(z, t, given))[1]
+    with torch.no_grad():
+        model(x, y, t, u, torch.zeros(B, 7, 4), torch.zeros(1, 7, 4))
+    gone = (seen["z"][:B] == 0).all(-1)
+    a, _ = catdm.signal_and_noise(t, -1.0)
+    kept = a.float()[:, None, None] * net.table()[x]
+    assert torch.allclose(seen["z"][:B][~gone], kept[~gone]) and not (seen["z"][B:] == 0).any()
+    rate, share = gone.float().mean(1), {"fixed": 0.2, "rand_drop": u[:, 7], "linear": t}[dropping]
+    assert abs(gone.float().mean() - torch.as_tensor(share).mean()) < 5 * 0.5 / math.sqrt(7 * B)
+    if dropping != "fixed":
+        high = share > 0.7
+        assert rate[high].mean() > 0.8 and rate[share < 0.3].mean() < 0.2
+
+
+def test_labels_are_hidden_at_the_given_rate():
+    model, seen = tiny(null_labels=0.1, cm="none"), {}
+    net, forward = model.student, model.student.forward
+    net.forward = lambda z, t, given: (seen.__setitem__("y", given[0]), forward(z, t, given))[1]
+    B = 4000
+    u = torch.rand(B, 10, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(torch.zeros(B, 7).long(), torch.full((B,), 2), torch.full((B,), 0.5), u,
+              torch.zeros(B, 7, 4), torch.zeros(1, 7, 4))
+    hidden = seen["y"][:B] == 3
+    assert torch.equal(hidden, u[:, -1] < 0.1) and (seen["y"][:B][~hidden] == 2).all()
+    assert abs(hidden.float().mean() - 0.1) < 5 * math.sqrt(0.09 / B)
+
+
+def test_csdm_is_the_bound():
+    """With the same noise the loss is bound_terms summed over tokens; nothing is dropped."""
+    model, (x, y, t, u, eps, _) = tiny(objective="csdm", null_labels=0.0), tiny_batch()
+    eps0 = torch.randn(6, 7, 4, generator=torch.Generator().manual_seed(3))
+    sums, _ = model(x, y, t, u, eps, eps0)
+    t_0 = catdm.time_of(15.0)
+    real = torch.ones_like(x, dtype=torch.bool)
+    terms = catdm.bound_terms(model.student, x, y, (t.double() - t_0) / (1 - t_0), eps, eps0, real)
+    terms[:, 2] /= 1 - t_0  # t itself was uniform
+    want = 7 * terms.sum(0)
+    assert sums[0].item() == pytest.approx(want[1].item(), rel=1e-4)
+    assert sums[1].item() == pytest.approx((want[0] + want[2]).item(), rel=1e-3)
+
+
+def test_padding_carries_no_loss():
+    x, y, t, u, eps, eps0 = tiny_batch()
+    x[:, 4:] = 4
+    for objective in ("catdm", "csdm"):
+        model = tiny(dataset="pydoc", classes=0, pad=4, objective=objective)
+        sums, stats = model(x, None, t, u, eps, eps0)
+        assert stats[3].sum() == (x != 4).sum() and stats[4, 1] == (x[:3] != 4).sum()
+        every = tiny(dataset="pydoc", classes=0, objective=objective)(x, None, t, u, eps, eps0)[0]
+        assert (sums[:2] < every[:2]).all()
+
+
+@pytest.mark.parametrize("flags", [
+    {"objective": "csdm"}, {"cm": "ce"}, {"cm": "none"}, {"beta_cm": 0.5}, {"beta_dm": 0.5},
+    {"shift": 0.0}, {"drop": 0.0}, {"dropping": "linear"}, {"dropping": "rand_drop"},
+    {"l2_norm": 1.0}, {"null_labels": 0.9}, {"dropped": "learned"}])
+def test_every_option_changes_the_loss(flags):
+    loss = lambda f: tiny(**f)(*tiny_batch())[0].sum().item()  # noqa: E731
+    assert loss(flags) != pytest.approx(loss({}), rel=1e-6)
+
+
+def test_teacher_is_an_average_without_dropout_and_without_gradient():
+    model = tiny(dropout=0.5, teacher=0.9)
+    model.train()
+    assert not model.teacher.training and model.student.training
+    before = [p.clone() for p in model.teacher.parameters()]
+    model.update_teacher()
+    for old, new, live in zip(before, model.teacher.parameters(), model.student.parameters()):
+        assert torch.allclose(new, 0.9 * old + 0.1 * live, atol=1e-6) and not new.requires_grad
+
+
+# ------------------------------------------------------------------------- translation
+
+
+def pair_model(seed=0, pad=catdm.PAD):
+    torch.manual_seed(seed)
+    cfg = Config(dataset="numbers", dim=8, heads=2, depth=1, ffn=16, dropout=0.0, embed_dim=4,
+                 init_std=0.3, length=16)
+    return CATDM(cfg, 9, 16, 0, pad)
+
+
+def test_padding_of_source_and_target_changes_nothing():
+    model = pair_model()
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randint(3, 9, (4, 5), generator=g), torch.randint(3, 9, (4, 6), generator=g)
+    t, u = torch.rand(4, generator=g), torch.rand(4, 8, generator=g)
+    eps, eps0 = torch.randn(4, 5, 4, generator=g), torch.randn(4, 5, 4, generator=g)
+    sums, _ = model(x, y, t, u, eps, eps0)
+    wide = [F.pad(a, (0, 0, 0, 3)) for a in (eps, eps0)]
+    u = torch.cat([F.pad(u[:, :5], (0, 3)), u[:, 5:]], 1)
+    padded, _ = model(F.pad(x, (0, 3), value=catdm.PAD), F.pad(y, (0, 2), value=catdm.PAD), t, u,
+                      *wide)
+    assert torch.allclose(sums, padded, rtol=1e-4)
+    # the length loss is the cross-entropy of length differences, here 5 - 6
+    states = F.embedding(y, model.student.table())
+    _, logits = model.student.net.encode(states, y != catdm.PAD)
+    want = F.cross_entropy(logits, torch.full((4,), common.LENGTH_OFFSET - 1), reduction="sum")
+    assert sums[2].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_the_source_reaches_the_prediction():
+    student = pair_model().student.eval()
+    z, t = torch.randn(2, 5, 4), torch.full((2,), 0.5)
+    real = torch.ones(2, 5, dtype=torch.bool)
+    one, two = (student(z, t, student.given(y, real)[0])
+                for y in (torch.tensor([[3, 4, 5]] * 2), torch.tensor([[6, 7, 8]] * 2)))
+    assert one.shape == (2, 5, 9) and not torch.allclose(one, two)
+
+
+# ------------------------------------------------------------------------- runs
+
+TINY = ["--device", "cpu", "--dim", "16", "--heads", "2", "--depth", "1", "--embed_dim", "8",
+        "--dropout", "0",
+        "--batch_size", "8", "--micro_batch", "8", "--lr", "1e-2", "--lr_schedule", "constant",
+        "--warmup", "2", "--log_every", "2", "--save_every", "3", "--samples", "4",
+        "--sample_steps", "3", "--eval_sequences", "8", "--eval_draws", "1"]
+TEXT = ["--dataset", "pydoc", "--length", "16"]
+PAIRS = ["--dataset", "numbers", "--max_number", "99", "--ffn", "16", "--batch_tokens", "128",
+         "--length_beam", "1", "--noise_beam", "2"]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A folder with a small set of images, 3 x 3 tokens in 3 classes; pydoc is prepared there."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 400)
+    np.save(folder / "tokens.npy", (labels[:, None] + rng.integers(0, 2, (400, 9))) % 5)
+    np.save(folder / "labels.npy", labels)
+    return str(folder)
+
+
+@pytest.fixture()
+def run(tmp_path, data_dir):
+    """run(steps, *flags, out="a") -> the run folder; images unless flags say another set."""
+    def go(steps, *flags, out="a"):
+        folder = tmp_path / out
+        images = [] if "--dataset" in flags else images_of(data_dir)
+        catdm.main([*TINY, "--data_dir", data_dir, "--out", str(folder), "--steps", str(steps),
+                    *images, *flags])
+        return folder
+    return go
+
+
+def images_of(data_dir):
+    return ["--dataset", f"{data_dir}/tokens.npy", "--labels", f"{data_dir}/labels.npy"]
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {r["step"]: r["loss"] for r in lines if "loss" in r}
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("flags", [[], TEXT, PAIRS], ids=["images", "text", "pairs"])
+def test_a_run_leaves_everything_it_should(run, capsys, flags):
+    out = run(4, *flags)
+    printed = capsys.readouterr().out
+    for word in ("nll_bound", "prior", "reconstruction", "diffusion", "±"):
+        assert word in printed
+    result = json.loads((out / "result.json").read_text())
+    assert result["step"] == 4 and result["config"]["dim"] == 16 and result["method"] == "catdm"
+    figures = result["figures"]
+    parts = sum(figures[name]["value"] for name in ("prior", "reconstruction", "diffusion"))
+    assert figures["nll_bound"]["value"] == pytest.approx(parts)
+    assert figures["nll_bound"]["unit"] == ("bits/char" if flags == TEXT else "nats/token")
+    assert figures["nll_bound"]["end"] in catdm.BOUND_ENDS
+    first = json.loads((out / "log.jsonl").read_text().splitlines()[0])["start"]
+    assert {"argv", "config", "commit", "torch", "hardware"} <= set(first)
+    assert sorted(losses(out)) == [2, 4]
+    if flags == TEXT:
+        assert len((out / "samples.jsonl").read_text().splitlines()) == 4
+        assert printed.count("--- sample") == 4
+    elif flags == PAIRS:
+        rows = [json.loads(row) for row in (out / "translations.jsonl").read_text().splitlines()]
+        assert len(rows) == 5 and {"source", "text", "reference"} == set(rows[0])  # of 100
+        assert {"bleu", "exact"} <= set(figures)
+    else:
+        with np.load(out / "samples.npz") as file:
+            assert {k: file[k].shape for k in file.files} == {
+                "guidance0": (4, 9), "guidance1": (4, 9), "guidance2": (4, 9), "labels": (4,)}
+        assert result["classifier"]["valid images"] > 0.9  # it is an easy set
+        assert "samples at guidance 2" in printed
+
+
+def test_training_learns_and_guided_samples_are_of_their_class(run):
+    out = run(250, "--batch_size", "32", "--micro_batch", "32", "--teacher", "0.5",
+              "--samples", "60", "--sample_steps", "8", "--drop", "0")
+    result = json.loads((out / "result.json").read_text())
+    curve = list(losses(out).values())
+    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+    assert result["classifier"]["samples at guidance 2"] > 0.8
+    # each token is one of two, evenly: ln 2 nats, and the bound is above it
+    bound = result["figures"]["nll_bound"]
+    assert bound["value"] > math.log(2) - 4 * bound["stderr"]
+    assert bound["value"] < 1.3
+
+
+def test_pictures_show_every_guidance(tmp_path):
+    groups = [np.full((6, 4, 4), v, np.uint8) for v in (0, 128, 255)]
+    catdm.save_grids(tmp_path / "a.png", groups, 3)
+    from torchvision.io import decode_image
+    image = decode_image(str(tmp_path / "a.png"))
+    assert image.shape[0] == 3 and image.shape[1] > image.shape[2]  # groups below each other
+    assert {0, 128, 255} <= set(image.unique().tolist())
+
+
+def test_same_command_again_says_complete_and_more_steps_continue(run, capsys):
+    out = run(4)
+    before = (out / "checkpoint.pt").stat().st_mtime_ns
+    capsys.readouterr()
+    run(4)
+    assert "is complete: 4 steps" in capsys.readouterr().out
+    assert (out / "checkpoint.pt").stat().st_mtime_ns == before
+    run(6)
+    assert sorted(losses(out)) == [2, 4, 6]
+    run(2, "--overwrite")
+    assert sorted(losses(out)) == [2]
+
+
+@pytest.mark.parametrize("flags", [["--dropout", "0.2"], PAIRS], ids=["images", "pairs"])
+def test_resume_is_exact_to_the_bit(run, flags):
+    """6 + 6 steps equal 12: weights of student and teacher, EMA, optimizer and loss curve."""
+    run(6, *flags, out="a")
+    a, b = run(12, *flags, out="a"), run(12, *flags, out="b")
+    assert losses(a) == losses(b)
+    one, two = weights(a), weights(b)
+    for get in (lambda w: w["model"], lambda w: w["ema"]["params"]):
+        assert all(torch.equal(x, y) for x, y in zip(get(one).values(), get(two).values()))
+    states = [w["optimizer"]["state"] for w in (one, two)]
+    assert all(torch.equal(states[0][i]["exp_avg"], states[1][i]["exp_avg"]) for i in states[0])
+    assert any(not torch.equal(one["model"][k], one["model"][k.replace("teacher", "student")])
+               for k in one["model"] if k.startswith("teacher"))
+
+
+@pytest.mark.parametrize("flags", [[], PAIRS], ids=["images", "pairs"])
+def test_micro_batches_change_nothing(run, flags):
+    share = ["--recon_share", "0.5"]
+    a, b = run(6, *flags, *share, out="a"), run(6, *flags, *share, "--micro_batch", "3", out="b")
+    assert losses(a) == pytest.approx(losses(b), rel=1e-4)  # float32 sums in another order
+
+
+def torchrun(n, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
+               "--master_port", str(28500 + os.getpid() % 1000), str(ROOT / "catdm.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_ranks_equal_one(run, tmp_path, data_dir):
+    one = run(6, "--recon_share", "0.5", out="one")
+    done = torchrun(2, *TINY, *images_of(data_dir), "--data_dir", data_dir, "--recon_share", "0.5",
+                    "--out", str(tmp_path / "two"), "--steps", "6")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
+    figures = [json.loads((p / "result.json").read_text())["figures"]["nll_bound"]
+               for p in (one, tmp_path / "two")]
+    assert figures[0]["draws"] == figures[1]["draws"]
+
+
+def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path, data_dir):
+    out = tmp_path / "a"
+    command = [sys.executable, str(ROOT / "catdm.py"), *TINY, *images_of(data_dir), "--data_dir",
+               data_dir, "--out", str(out), "--save_every", "100000", "--steps", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 120
+    while time.time() < deadline and (not (out / "log.jsonl").exists() or len(losses(out)) < 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "the same command resumes" in printed, errors[-2000:]
+    step = weights(out)["step"]
+    assert step >= 6 and not (out / "result.json").exists()
+    catdm.main([*command[2:-2], "--steps", str(step + 1)])
+    assert weights(out)["step"] == step + 1
+
+
+def test_nan_loss_stops_and_leaves_the_last_checkpoint(run, monkeypatch):
+    out, load = run(4), catdm.load_step
+
+    def poisoned(cfg, data, step, place):
+        return [(*b[:4], b[4] * (float("nan") if step >= 6 else 1.0), b[5])
+                for b in load(cfg, data, step, place)]
+    monkeypatch.setattr(catdm, "load_step", poisoned)
+    with pytest.raises(RunError, match="the loss is nan between steps 6 and 8.*good state"):
+        run(12)
+    kept = weights(out)
+    assert 4 < kept["step"] <= 6
+    assert all(torch.isfinite(v).all() for v in kept["model"].values())
+
+
+def test_sample_needs_the_checkpoint_alone(run, tmp_path, capsys):
+    nowhere = ["--data_dir", str(tmp_path / "nothing here"), "--device", "cpu", "--mode", "sample"]
+    out = run(3, *TEXT, out="text")
+    capsys.readouterr()
+    for _ in range(2):
+        catdm.main([*nowhere, "--out", str(out), *TEXT[:2], "--samples", "3"])
+    printed = capsys.readouterr().out
+    assert printed.count("--- sample") == 6
+    assert printed[: len(printed) // 2] == printed[len(printed) // 2:]  # a fixed seed
+    out = run(3, out="images")
+    dataset = json.loads((out / "result.json").read_text())["dataset"]
+    flags = [*nowhere, "--out", str(out), "--dataset", dataset]
+    catdm.main([*flags, "--label", "1", "--samples", "5", "--sampler", "ddim", "--argmax"])
+    with np.load(out / "samples.npz") as file:
+        assert file["labels"].tolist() == [1] * 5 and file.files[0] == "guidance1"
+    with pytest.raises(RunError, match="--label X: choose one of 0, 1, 2"):
+        catdm.main([*flags, "--label", "X"])
+    out = run(3, *PAIRS, out="pairs")
+    capsys.readouterr()
+    catdm.main([*nowhere, "--out", str(out), *PAIRS[:2], "--source", "neun"])
+    assert capsys.readouterr().out.startswith("neun\n  -> ")
+
+
+def test_probe_and_score(run, data_dir):
+    for flags, name in [([], "a"), (TEXT, "b"), (PAIRS, "c")]:
+        out = run(3, *flags, out=name)
+        more = ["--data_dir", data_dir, "--device", "cpu", "--dataset",
+                flags[1] if flags else images_of(data_dir)[1], "--sample_batch", "64"]
+        found = catdm.probe(str(out), [*more, "--eval_sequences", "8"])
+        n = len(found["times"])
+        assert found["embeddings"].shape[1] == 8 and found["method"] == "catdm"
+        assert (np.diff(found["times"]) > 0).all() and 0 < found["times"][0] < 0.05
+        assert all(found[k].shape == (n,) for k in ("cross_entropy", "signal", "sigma"))
+        assert np.allclose(found["signal"] ** 2 + found["sigma"] ** 2, 1)
+        # near t = 0 it is L_0's task, which is nearly learnt; near t = 1 nothing is known
+        assert 0 < found["cross_entropy"].min() and np.isfinite(found["cross_entropy"]).all()
+        kept = weights(out)["ema"]["params"]["embed.weight"]
+        assert torch.equal(torch.as_tensor(found["embeddings"]), kept)
+        if not flags:
+            assert found["tokens"].shape == (8, 9)
+    figures = catdm.score(str(run(3)), [*images_of(data_dir)[:2], "--device", "cpu"])["figures"]
+    assert figures["nll_bound"]["draws"] == 20  # the full split of 20, one draw each
+
+
+@pytest.mark.parametrize("flags,name", [
+    ([], "catdm"), (["--cm", "ce"], "catdm-ce"), (["--cm", "none"], "catdm-without-cm"),
+    (["--objective", "csdm", "--l2_norm", "1"], "csdm-l2")])
+def test_names_of_the_ablations(flags, name):
+    cfg, _ = common.parse_config(Config, "catdm", "", catdm.PRESETS, flags)
+    assert catdm.name_of(cfg) == name
+
+
+@pytest.mark.parametrize("flags", [["--dataset", "glyphs"], TEXT])
+def test_bench_prints_one_json_line(capsys, flags):
+    catdm.main(["--mode", "bench", "--device", "cpu", *TINY[2:], *flags, "--bench_steps", "2"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["tokens_per_s"] > 0 and record["batch"] == 8
+
+
+def test_wrong_values_are_refused(run, data_dir, capsys):
+    for flags in (["--drop", "1.5"], ["--cm", "kl"], ["--teacher", "2"], ["--beta_dm", "-1"]):
+        with pytest.raises(SystemExit):
+            catdm.main(flags)
+        assert flags[0] in capsys.readouterr().err
+    with pytest.raises(RunError, match="unknown dataset"):
+        catdm.main(["--dataset", "glyphz"])
+    with pytest.raises(ValueError, match="tokens.npy"):
+        catdm.main(["--dataset", "ffhq", "--device", "cpu", "--data_dir", data_dir + "/none"])
+    run(2)
+    with pytest.raises(RunError, match="--shift -1.0, not 0.0"):
+        run(4, "--shift", "0")
