@@ -462,6 +462,19 @@ def test_the_gradient_is_that_of_the_global_batch(model):
         assert torch.allclose(stats, expected, rtol=1e-4)
 
 
+def test_reports_use_the_averaged_weights(run, monkeypatch):
+    inner, seen = difformer.evaluate, []
+
+    def spy(model, *rest):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return inner(model, *rest)
+    monkeypatch.setattr(difformer, "evaluate", spy)
+    out = run(3)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(v, state["ema"]["params"][k]) for k, v in seen[0].items())
+    assert not torch.equal(seen[0]["embed.weight"], state["model"]["embed.weight"])
+
+
 def test_ctrl_c_saves_and_the_same_command_resumes(run, monkeypatch, capsys):
     inner = difformer.train_step
 
