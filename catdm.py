@@ -718,7 +718,8 @@ def train_step(net, model: CATDM, optimizer, ema, cfg: Config, step: int, batche
     for x, *_, eps0 in batches:
         real = (x != (-1 if model.pad is None else model.pad)).sum(1).float()
         counts += torch.stack([real[: len(eps0)].sum(), real.sum(), torch.ones_like(real).sum()])
-    weights = counts.new_tensor([1, 1, cfg.length_weight]) / place.sum(counts)
+    weights = 1 / place.sum(counts)
+    weights[2] *= cfg.length_weight
     stats = torch.zeros(5, 10, device=place.device)
     for k, batch in enumerate(batches):
         last = k == len(batches) - 1
@@ -749,7 +750,7 @@ def build(cfg: Config, data: Data, place: common.Setup):
                                   weight_decay=cfg.weight_decay, fused=True)
     net = model
     if cfg.compile and on_cuda:
-        net = torch.compile(model, dynamic=None if cfg.task == "pairs" else False)
+        net = torch.compile(model, dynamic=cfg.task == "pairs")  # sentences: one graph for all
     if place.world > 1:
         net = DistributedDataParallel(net, device_ids=[place.device.index] if on_cuda else None,
                                       gradient_as_bucket_view=True)
@@ -1135,37 +1136,38 @@ def probe(out: str, flags: list[str]) -> dict:
 
 
 def bench(cfg: Config, place: common.Setup) -> None:
-    """Time training steps of a preset on synthetic tokens, one micro-batch per device and step."""
+    """Time training steps of a preset on synthetic tokens (translation: on its pairs), one
+    micro-batch per device and step."""
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch_size)
-    cfg.batch_size = cfg.micro_batch * place.world
-    rng = np.random.default_rng(0)
+    cfg.batch_size, rng = cfg.micro_batch * place.world, np.random.default_rng(0)
     if cfg.task == "images":
-        V, side, classes = (128, 8, 16) if cfg.dataset == "glyphs" else (1024, 16, 0)
-        classes = 1000 if cfg.dataset == "imagenet" else classes
+        V, side, classes = 1024, 16, 1000 if cfg.dataset == "imagenet" else 0
         x = rng.integers(0, V, (cfg.batch_size * 4, side * side))
-        y = rng.integers(0, classes, len(x)) if classes else None
-        data: Data = ImageTokens(cfg.dataset, {"train": x}, {"train": y},
-                                 tuple(map(str, range(classes))), V, (side, side))
+        data: Data = ImageTokens(
+            cfg.dataset, {"train": x}, {"train": x[:, 0] % classes if classes else None},
+            tuple(map(str, range(classes))), V, (side, side))
+    elif cfg.task == "text":
+        x = rng.integers(0, 27, (cfg.batch_size * 4, cfg.length))
+        data = TextData(cfg.dataset, 27, cfg.length, "token", {"train": x}, codec=None)
     else:
-        tokens = rng.integers(0, 27, (cfg.batch_size * 4, cfg.length))
-        data = TextData(cfg.dataset, 27, cfg.length, "token", {"train": tokens}, codec=None)
+        data = load(cfg)
     model, net, optimizer, ema = build(cfg, data, place)
-    on_cuda, begin = place.device.type == "cuda", time.time()
+    on_cuda, begin, tokens = place.device.type == "cuda", time.time(), 0
     for step in range(cfg.bench_steps + 5):
         if step == 5:
             on_cuda and torch.cuda.synchronize()
-            warm, begin = time.time() - begin, time.time()
+            warm, begin, tokens = time.time() - begin, time.time(), 0
         batches = load_step(cfg, data, step, place)
+        tokens += place.world * sum(x.numel() for x, *_ in batches)
         train_step(net, model, optimizer, ema, cfg, step, batches, place)
     on_cuda and torch.cuda.synchronize()
-    seconds = (time.time() - begin) / cfg.bench_steps
-    rate = cfg.batch_size * data.length / seconds
+    rate = tokens / (time.time() - begin)
     use = common.utilisation(rate * flops_per_token(model), place)
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
     record = dict(
         dataset=cfg.dataset, batch=cfg.batch_size, length=data.length,
         parameters=sum(p.numel() for p in model.student.parameters()), tokens_per_s=round(rate),
-        ms_per_step=round(1000 * seconds, 2), mfu=use and round(use, 4),
+        ms_per_step=round(1000 * tokens / rate / cfg.bench_steps, 2), mfu=use and round(use, 4),
         peak_gib=memory and round(memory, 2), warmup_s=round(warm, 1), **common.environment(place))
     place.is_main and print(json.dumps(record))
 

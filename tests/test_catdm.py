@@ -535,6 +535,18 @@ def test_csdm_is_the_bound():
     assert sums[1].item() == pytest.approx((want[0] + want[2]).item(), rel=1e-3)
 
 
+def test_csdm_pays_for_the_prior():
+    """One symbol is predicted perfectly: KL(N(a_1 e, sigma_1^2) || N(0, 1)) is all that is left."""
+    model = CATDM(Config(dataset="pydoc", objective="csdm", shift=12.0, dim=8, heads=2, depth=1,
+                         dropout=0.0, embed_dim=4), 1, 7)
+    x, _, t, u, eps, eps0 = tiny_batch()
+    sums, _ = model(0 * x, None, t, u, eps, eps0)
+    a, sigma = catdm.signal_and_noise(torch.ones(()), 12.0)
+    q = torch.distributions.Normal(a * model.student.table().double()[0], sigma)
+    kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum()
+    assert sums[0] == 0 and sums[1].item() == pytest.approx(x.numel() * kl.item(), rel=1e-5)
+
+
 def test_padding_carries_no_loss():
     x, y, t, u, eps, eps0 = tiny_batch()
     x[:, 4:] = 4
@@ -860,7 +872,7 @@ def test_names_of_the_ablations(flags, name):
     assert catdm.name_of(cfg) == name
 
 
-@pytest.mark.parametrize("flags", [["--dataset", "glyphs"], TEXT])
+@pytest.mark.parametrize("flags", [["--dataset", "imagenet"], TEXT, PAIRS])
 def test_bench_prints_one_json_line(capsys, flags):
     catdm.main(["--mode", "bench", "--device", "cpu", *TINY[2:], *flags, "--bench_steps", "2"])
     record = json.loads(capsys.readouterr().out)
