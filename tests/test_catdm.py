@@ -369,7 +369,8 @@ def tiny_batch(seed=0, B=6, n=3, length=7, D=4):
     x, y = torch.randint(5, (B, length), generator=g), torch.randint(3, (B,), generator=g)
     t = common.low_discrepancy_t(torch.arange(B), B, 0.3, 0.0)
     u = torch.rand(B, length + 3, generator=g)
-    return x, y, t, u, torch.randn(B, length, D, generator=g), torch.randn(n, length, D, generator=g)
+    eps, eps0 = (torch.randn(b, length, D, generator=g) for b in (B, n))
+    return x, y, t, u, eps, eps0
 
 
 def reference_loss(model, x, y, t, u, eps, eps0, cfg):
@@ -534,6 +535,18 @@ def test_csdm_is_the_bound():
     assert sums[1].item() == pytest.approx((want[0] + want[2]).item(), rel=1e-3)
 
 
+def test_csdm_pays_for_the_prior():
+    """One symbol is predicted perfectly: KL(N(a_1 e, sigma_1^2) || N(0, 1)) is all that is left."""
+    model = CATDM(Config(dataset="pydoc", objective="csdm", shift=12.0, dim=8, heads=2, depth=1,
+                         dropout=0.0, embed_dim=4), 1, 7)
+    x, _, t, u, eps, eps0 = tiny_batch()
+    sums, _ = model(0 * x, None, t, u, eps, eps0)
+    a, sigma = catdm.signal_and_noise(torch.ones(()), 12.0)
+    q = torch.distributions.Normal(a * model.student.table().double()[0], sigma)
+    kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum()
+    assert sums[0] == 0 and sums[1].item() == pytest.approx(x.numel() * kl.item(), rel=1e-5)
+
+
 def test_padding_carries_no_loss():
     x, y, t, u, eps, eps0 = tiny_batch()
     x[:, 4:] = 4
@@ -558,10 +571,12 @@ def test_teacher_is_an_average_without_dropout_and_without_gradient():
     model = tiny(dropout=0.5, teacher=0.9)
     model.train()
     assert not model.teacher.training and model.student.training
-    before = [p.clone() for p in model.teacher.parameters()]
-    model.update_teacher()
-    for old, new, live in zip(before, model.teacher.parameters(), model.student.parameters()):
-        assert torch.allclose(new, 0.9 * old + 0.1 * live, atol=1e-6) and not new.requires_grad
+    for step, eta in [(10**6, 0.9), (2, 0.25)]:
+        before = [p.clone() for p in model.teacher.parameters()]
+        model.update_teacher(step)
+        for old, new, live in zip(before, model.teacher.parameters(), model.student.parameters()):
+            want = eta * old + (1 - eta) * live
+            assert torch.allclose(new, want, atol=1e-6) and not new.requires_grad
 
 
 # ------------------------------------------------------------------------- translation
@@ -677,8 +692,9 @@ def test_a_run_leaves_everything_it_should(run, capsys, flags):
         with np.load(out / "samples.npz") as file:
             assert {k: file[k].shape for k in file.files} == {
                 "guidance0": (4, 9), "guidance1": (4, 9), "guidance2": (4, 9), "labels": (4,)}
-        assert result["classifier"]["valid images"] > 0.9  # it is an easy set
-        assert "samples at guidance 2" in printed
+        assert result["samples"]["valid"]["recognised"] > 0.9  # it is an easy set
+        assert "guidance 2" in printed and set(result["samples"]["guidance 2"]) == {
+            "recognised", "frechet"}
 
 
 def test_training_learns_and_guided_samples_are_of_their_class(run):
@@ -687,11 +703,27 @@ def test_training_learns_and_guided_samples_are_of_their_class(run):
     result = json.loads((out / "result.json").read_text())
     curve = list(losses(out).values())
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
-    assert result["classifier"]["samples at guidance 2"] > 0.8
+    assert result["samples"]["guidance 2"]["recognised"] > 0.8
     # each token is one of two, evenly: ln 2 nats, and the bound is above it
     bound = result["figures"]["nll_bound"]
     assert bound["value"] > math.log(2) - 4 * bound["stderr"]
     assert bound["value"] < 1.3
+
+
+def test_the_judge_tells_classes_and_distances(data_dir):
+    """The Fréchet distance is 0 between equal sets, and |difference of means|^2 for a shift."""
+    data = catdm.load(Config(dataset=f"{data_dir}/tokens.npy", labels=f"{data_dir}/labels.npy"))
+    judge = catdm.Judge(data, steps=60)
+    x, y = judge.real
+    same = judge.grade(x, y)
+    assert same["recognised"] == 1.0 and abs(same["frechet"]) < 1e-3
+    assert judge.grade(x, (y + 1) % 3)["recognised"] == 0.0
+    noise = torch.randint(4, x.shape, generator=torch.Generator().manual_seed(0))
+    assert judge.grade(noise, y)["frechet"] > 1.0
+    features, by = judge.features, iter([0.5, 0.0])
+    judge.features = lambda a: features(a) + next(by)
+    moved = judge.grade(x, y)
+    assert moved["frechet"] == pytest.approx(64 * 0.25, rel=1e-3)
 
 
 def test_pictures_show_every_guidance(tmp_path):
@@ -840,7 +872,7 @@ def test_names_of_the_ablations(flags, name):
     assert catdm.name_of(cfg) == name
 
 
-@pytest.mark.parametrize("flags", [["--dataset", "glyphs"], TEXT])
+@pytest.mark.parametrize("flags", [["--dataset", "imagenet"], TEXT, PAIRS])
 def test_bench_prints_one_json_line(capsys, flags):
     catdm.main(["--mode", "bench", "--device", "cpu", *TINY[2:], *flags, "--bench_steps", "2"])
     record = json.loads(capsys.readouterr().out)
