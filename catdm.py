@@ -68,6 +68,7 @@ class Config(common.RunConfig):
     max_number: int = arg(9999, "numbers: the largest", 20, 999_999, fixed=True)
     batch_tokens: int = arg(8192, "translation: tokens of the sentences that make up a step", 8,
                             10**8, fixed=True)
+    micro_tokens: int = arg(32_768, "translation: most tokens one device takes at once", 1, 10**9)
     # Method
     objective: str = arg("catdm", "catdm, or csdm: the bound of Eq. 2, without L_CM and dropping",
                          choices=("catdm", "csdm"), fixed=True)
@@ -149,9 +150,9 @@ class Config(common.RunConfig):
 ARRAYS, PAIRS = ("ffhq", "lsun", "imagenet"), ("numbers", "multi30k", "iwslt14", "wmt14")
 _SMALL_TEXT = dict(embed_dim=128, dim=384, depth=6, heads=6, batch_size=64, micro_batch=64,
                    steps=20_000, lr=1e-3, warmup=500, beta2=0.99, weight_decay=0.0, samples=4)
-_PAIRS = dict(embed_dim=128, ffn=1024, depth=6, heads=4, dropout=0.3, micro_batch=2048,
+_PAIRS = dict(embed_dim=128, ffn=1024, depth=6, heads=4, dropout=0.3,
               steps=300_000, lr=5e-4, lr_schedule="inverse_sqrt", warmup=10_000, beta2=0.98,
-              weight_decay=0.01, ema=0.999, sample_steps=20, samples=4, sample_batch=256)
+              weight_decay=0.01, ema=0.999, sample_steps=20, samples=4, sample_batch=64)
 PRESETS: dict[str, dict] = {
     # one CPU core, three minutes; a short run needs a young teacher
     "glyphs": dict(embed_dim=32, dim=96, depth=3, heads=4, dropout=0.0, init_std=0.0, teacher=0.9,
@@ -186,7 +187,8 @@ PRESETS: dict[str, dict] = {
                     sample_steps=20, samples=4, save_every=500, eval_sequences=200),
     "multi30k": _PAIRS | dict(length=128, steps=15_000, warmup=1000, lr_schedule="cosine"),
     "iwslt14": _PAIRS | dict(lower=True),
-    "wmt14": _PAIRS | dict(vocab=40_000, ffn=2048, heads=8, dropout=0.1, batch_tokens=65_536),
+    "wmt14": _PAIRS | dict(vocab=40_000, ffn=2048, heads=8, dropout=0.1, batch_tokens=65_536,
+                          sample_batch=16),
 }
 PRESETS["glyphs36"] = PRESETS["glyphs"]
 
@@ -297,7 +299,7 @@ class Denoiser(nn.Module):
         # Paper: "Gaussian initialization N(0, D^-1/2)", a variance by its own notation, which
         # makes rows of norm D^1/4 = 4; common practice (and fairseq's) is a standard deviation.
         nn.init.normal_(self.embed.weight, std=D ** (-0.5 if cfg.embed_init == "std" else -0.25))
-        if cfg.dropped == "learned":
+        if cfg.dropped == "learned" and cfg.objective == "catdm" and cfg.drop > 0:
             self.dropped = nn.Parameter(torch.zeros(D))
         if cfg.embeddings:
             self.freeze(np.load(cfg.embeddings))
@@ -407,8 +409,9 @@ class CATDM(nn.Module):
         recon = -log_p0.gather(-1, x[:n, :, None])[..., 0] * real[:n]     # (n, L)
 
         # |Psi(x) - Psihat|^2, with Psihat = sum_k P(k) e_k, as |sum_k (P(k) - [k = x]) e_k|^2,
-        # which is exact where P is nearly certain.
-        gap = (log_p.exp() - F.one_hot(x, student.V)) @ table
+        # which is exact where P is nearly certain; without the mean of all e_k, which adds nothing
+        # but, where the vectors have collapsed, hides their differences from bfloat16.
+        gap = minus_truth(log_p, x) @ (table - table.mean(0))
         square = gap.square().sum(-1)                                     # (B, L)
         ce = -log_p.gather(-1, x[..., None])[..., 0]
         kl = torch.zeros_like(ce)
@@ -439,6 +442,11 @@ class CATDM(nn.Module):
         sums = torch.stack([recon.sum(), rest, length])
         last = torch.stack([sums[0], real[:n].sum(), rest]).detach()
         return sums, torch.cat([stats, F.pad(last, (0, 7))[None]])
+
+
+def minus_truth(log_p: Tensor, x: Tensor) -> Tensor:
+    """P(k) - [k = x], of log_p's shape (..., V), x (...)."""
+    return log_p.exp() - (torch.arange(log_p.shape[-1], device=x.device) == x[..., None]).float()
 
 
 def prior_kl(z: Tensor, shift: float) -> Tensor:
@@ -545,7 +553,7 @@ def bound_terms(
     t = t_0 + (1 - t_0) * u.double()
     at_end = torch.full_like(t, t_0 if end < LOGSNR else 0.0)
     recon = -log_p(at_end, eps0).gather(-1, x[..., None])[..., 0]
-    gap = (log_p(t, eps).exp() - F.one_hot(x, model.V)) @ table
+    gap = minus_truth(log_p(t, eps), x) @ table
     diffusion = (1 - t_0) * diffusion_weight(t, shift)[:, None] * gap.square().sum(-1)
     terms = torch.stack([prior_kl(z, shift), recon, diffusion], -1)       # (B, L, 3)
     return (terms * real[..., None]).sum(1) / real.sum(1, keepdim=True)
@@ -638,7 +646,8 @@ def pad_of(data: Data) -> int | None:
 def eval_batches(cfg: Config, data: Data, place: common.Setup
                  ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """(x, y) of cfg.split as in training, at most eval_sequences, this rank's share."""
-    batch = max(1, min(cfg.micro_batch, 16384 // data.length or 1))
+    tokens = min(16384, 2**27 // data.vocab_size)  # logits of 1 GiB in float64
+    batch = max(1, min(cfg.micro_batch, tokens // data.length))
     y, rows = None, data
     if not isinstance(data, TextData):  # x and y side by side
         if isinstance(data, PairData):
@@ -663,16 +672,21 @@ def rows_of(texts: Sequence[str], data: PairData) -> np.ndarray:
 
 
 def load_step(cfg: Config, data: Data, step: int, place: common.Setup) -> list[tuple]:
-    """This rank's micro-batches of a step, with everything random: (x, y, t, u, eps, eps0)."""
+    """This rank's micro-batches of a step, with everything random: (x, y, t, u, eps, eps0).
+
+    Every rank draws the noise of the global batch, 134 MB at most in the presets, and takes its
+    rows: one call of the generator for each sample would take longer than a small step.
+    """
     if isinstance(data, PairData):  # as many sentences as the step's tokens allow
         y, x = data.train_batch(cfg.seed, step, cfg.batch_tokens)
-        n, parts = len(x), math.ceil(len(x) / (cfg.micro_batch * place.world))
+        n, share = len(x), cfg.micro_tokens * place.world
+        parts = min(max(1, n // place.world), math.ceil(max(x.size, y.size) / share))
         indices = [torch.arange(k * place.world + place.rank, n, parts * place.world)
                    for k in range(parts)]
     else:
         n, indices = cfg.batch_size, common.micro_batches(cfg.batch_size, cfg.micro_batch, place)
     shift = np.random.default_rng(common.mix(cfg.seed, step, 1)).random()
-    generator, u = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, step)), None
+    generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, step))
     batches = []
     for index in indices:
         part = cfg.seed, step, n, index.numpy()
@@ -684,8 +698,10 @@ def load_step(cfg: Config, data: Data, step: int, place: common.Setup) -> list[t
             given = data.labels["train"][rows] if data.classes else None
         else:
             ids, given = data.train_batch(*part), None
-        if u is None:  # small: every rank draws the global batch's and takes its rows; eps is not
-            u = torch.rand(n, ids.shape[1] + 3, generator=generator, device=place.device)
+        if not batches:
+            noise, L = dict(generator=generator, device=place.device), ids.shape[1]
+            u, first = torch.rand(n, L + 3, **noise), math.ceil(cfg.recon_share * n)
+            eps, eps0 = (torch.randn(k, L, cfg.embed_dim, **noise) for k in (n, first))
 
         def put(array):
             if isinstance(array, np.ndarray):
@@ -695,11 +711,8 @@ def load_step(cfg: Config, data: Data, step: int, place: common.Setup) -> list[t
             return array if array is None else array.to(place.device, non_blocking=True)
         rows = put(index)
         t = common.low_discrepancy_t(rows, n, shift, t_min=0.0)
-        shape = (ids.shape[1], cfg.embed_dim)
-        eps = common.sample_normal(cfg.seed, step, index, shape, place.device)
-        first = index[index < math.ceil(cfg.recon_share * n)]
-        eps0 = common.sample_normal(common.mix(cfg.seed, 3), step, first, shape, place.device)
-        batches.append((put(ids), put(given), t, u[rows], eps, eps0))
+        rows0 = rows[: int((index < first).sum())]  # index ascends
+        batches.append((put(ids), put(given), t, u[rows], eps[rows], eps0[rows0]))
     return batches
 
 
@@ -736,6 +749,26 @@ def train_step(net, model: CATDM, optimizer, ema, cfg: Config, step: int, batche
     return stats
 
 
+def compiled(model: CATDM, cfg: Config, place: common.Setup, **options):
+    """`model` compiled; for translation once for all lengths, on a batch that is not a real one:
+    sizes that are equal in the first call are taken for one and compiled again when they differ,
+    and so is a size that is a layer's width."""
+    if cfg.task != "pairs":
+        return torch.compile(model, **options)
+    net, at = torch.compile(model, dynamic=True, **options), dict(device=place.device)
+    length, D = model.student.length, cfg.embed_dim
+    M, N = min(length, 13), min(length - 1, 11)
+    B = max(14, min(cfg.batch_tokens, cfg.micro_tokens) // 13) | 1  # odd
+    n = math.ceil(cfg.recon_share * B)
+    y, x = (torch.ones(B, k, dtype=torch.long, **at) for k in (M, N))
+    with place.autocast():
+        sums, _ = net(x, y, torch.rand(B, **at), torch.rand(B, N + 3, **at),
+                      torch.zeros(B, N, D, **at), torch.zeros(n, N, D, **at))
+    sums.sum().backward()
+    model.zero_grad(set_to_none=True)
+    return net
+
+
 def build(cfg: Config, data: Data, place: common.Setup):
     """Model, what to call in training (compiled, DDP), optimizer and EMA of the student."""
     model = CATDM(cfg, data.vocab_size, data.length, len(getattr(data, "classes", ())),
@@ -750,7 +783,7 @@ def build(cfg: Config, data: Data, place: common.Setup):
                                   weight_decay=cfg.weight_decay, fused=True)
     net = model
     if cfg.compile and on_cuda:
-        net = torch.compile(model, dynamic=cfg.task == "pairs")  # sentences: one graph for all
+        net = compiled(model, cfg, place)
     if place.world > 1:
         net = DistributedDataParallel(net, device_ids=[place.device.index] if on_cuda else None,
                                       gradient_as_bucket_view=True)

@@ -766,7 +766,8 @@ def test_resume_is_exact_to_the_bit(run, flags):
 @pytest.mark.parametrize("flags", [[], PAIRS], ids=["images", "pairs"])
 def test_micro_batches_change_nothing(run, flags):
     share = ["--recon_share", "0.5"]
-    a, b = run(6, *flags, *share, out="a"), run(6, *flags, *share, "--micro_batch", "3", out="b")
+    a, b = run(6, *flags, *share, out="a"), run(
+        6, *flags, *share, "--micro_batch", "3", "--micro_tokens", "40", out="b")
     assert losses(a) == pytest.approx(losses(b), rel=1e-4)  # float32 sums in another order
 
 
@@ -891,3 +892,49 @@ def test_wrong_values_are_refused(run, data_dir, capsys):
     run(2)
     with pytest.raises(RunError, match="--shift -1.0, not 0.0"):
         run(4, "--shift", "0")
+
+
+def test_translation_compiles_once():
+    """Sentences of any length, batches of any size: one graph, whatever sizes agree by chance."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch._dynamo.reset()
+    flags = [*TINY, *PAIRS, "--out", "none", "--recon_share", "0.5", "--embed_dim", "16"]
+    cfg, _ = common.parse_config(catdm.Config, "catdm", "", catdm.PRESETS, flags)
+    place = common.setup(cfg)
+    model = catdm.CATDM(cfg, 50, 32, pad=catdm.PAD)
+    net = catdm.compiled(model, cfg, place, backend=count)
+    for B, M, N in [(16, 16, 16), (8, 4, 4), (13, 13, 11), (8, 16, 6), (5, 7, 32), (32, 32, 8)]:
+        x, y = (torch.randint(1, 50, (B, k)) for k in (N, M))
+        noise = torch.rand(B), torch.rand(B, N + 3), torch.randn(B, N, 16)
+        batch = x, y, *noise, torch.randn((B + 1) // 2, N, 16)
+        assert torch.allclose(net(*batch)[0], model(*batch)[0], rtol=1e-4)
+    assert len(graphs) == 1
+
+
+def test_collapsed_embeddings_differ_in_bfloat16_too():
+    """L_DM of vectors that are alike up to 1/1000, under autocast, with probabilities that do not
+    depend on z_t: exact up to bfloat16's rounding of differences, 1/256 each."""
+    model = tiny(cm="none")
+    model.student.embed.weight.data.mul_(1e-3).add_(1.0)
+    model.student.head.weight.data.zero_()
+    model.student.head.bias.data.copy_(torch.arange(5) / 2)
+    batch = tiny_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(*batch)[1][0].sum().item()
+    table = model.student.table().double()
+    p = (torch.arange(5).double() / 2).softmax(0)
+    assert found == pytest.approx((p @ table - table[batch[0]]).square().sum().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(), dict(objective="csdm"), dict(cm="none"), dict(dropped="learned"),
+    dict(dropped="learned", objective="csdm"), dict(dropped="learned", drop=0.0)])
+def test_every_parameter_takes_part_in_the_loss(flags):
+    """Or DDP would wait for its gradient."""
+    model = tiny(**flags)
+    model(*tiny_batch())[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
