@@ -154,11 +154,12 @@ _PAIRS = dict(embed_dim=128, ffn=1024, depth=6, heads=4, dropout=0.3, micro_batc
               weight_decay=0.01, ema=0.999, sample_steps=20, samples=4, sample_batch=256)
 PRESETS: dict[str, dict] = {
     # one CPU core, three minutes; a short run needs a young teacher
-    "glyphs": dict(embed_dim=32, dim=96, depth=3, heads=4, dropout=0.0, init_std=0.0, teacher=0.9,
-                   shift=-2.0, batch_size=32, micro_batch=32, steps=1400, lr=3e-3, warmup=50,
+    "glyphs": dict(embed_dim=32, embed_init="variance", dim=96, depth=3, heads=4, dropout=0.0,
+                   init_std=0.0, teacher=0.9, shift=-1.5, drop=0.1, recon_share=0.25,
+                   batch_size=32, micro_batch=32, steps=1500, lr=3e-3, warmup=50,
                    lr_schedule="cosine", beta2=0.99, weight_decay=0.0, ema=0.99, samples=128,
                    sample_steps=20, sample_batch=128, log_every=20, save_every=500,
-                   eval_sequences=500, recon_share=0.25),
+                   eval_sequences=500),
     "mnist": dict(dim=256, depth=6, init_std=0.0, batch_size=256, micro_batch=256, steps=20_000,
                   lr=1e-3, lr_schedule="cosine", beta2=0.99, weight_decay=0.0, ema=0.999,
                   sample_steps=50, samples=160, sample_batch=512),
@@ -512,7 +513,7 @@ def ddim(z_t: Tensor, z_0: Tensor, a_t: Tensor, sigma_t: Tensor, a_s: Tensor, si
 # ---------------------------------------------------------------------------------------------
 
 
-BOUND_ENDS = (LOGSNR, 8.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.0)
+BOUND_ENDS = (LOGSNR, 8.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0)
 
 
 def time_of(unshifted: float) -> float:

@@ -346,6 +346,33 @@ def test_class_and_time_reach_the_network_only_through_their_layers():
     assert torch.allclose(model(z, t, (y,)), model(z, t + 0.3, (y + 1,)))
 
 
+@pytest.mark.parametrize("classes", [0, 3])
+def test_image_block_follows_appendix_a(classes):
+    """h + attention(AdaLN(h, t)), then + MLP(AdaLN(h, y)), or of a plain layer norm."""
+    torch.manual_seed(0)
+    block = catdm.ImageBlock(8, 2, classes, 0.0)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    h, time, y = torch.randn(4, 5, 8), torch.randn(4, 8), torch.tensor([0, 2, 3, 1])
+
+    def norm(h):
+        h = h - h.mean(-1, keepdim=True)
+        return h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    def adaln(h, layer, condition):
+        out = condition @ layer.weight.T + layer.bias
+        return (1 + out[:, None, :8]) * norm(h) + out[:, None, 8:]
+    x = adaln(h, block.by_time, time)
+    want = h + block.attention(x, x)
+    if classes:
+        label = block.label.weight[y]
+        x = adaln(want, block.by_label, label * label.sigmoid())
+    else:
+        x = norm(want) * block.norm.weight + block.norm.bias
+    want = want + block.mlp(x)
+    assert torch.allclose(block(h, time, y if classes else None), want, atol=1e-4)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(RunError, match="even multiple of --heads"):
         Denoiser(Config(dim=10, heads=3), 5, 7)
@@ -545,6 +572,29 @@ def test_csdm_pays_for_the_prior():
     q = torch.distributions.Normal(a * model.student.table().double()[0], sigma)
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum()
     assert sums[0] == 0 and sums[1].item() == pytest.approx(x.numel() * kl.item(), rel=1e-5)
+
+
+def test_a_step_descends_the_mean_per_token(data_dir):
+    """train_step against the loss written out: L_0 over its own tokens, the rest over all."""
+    flags = [*TINY, *images_of(data_dir), "--recon_share", "0.5", "--clip", "1e6"]
+    cfg, _ = common.parse_config(Config, "catdm", "", catdm.PRESETS, flags)
+    place, data = common.setup(cfg), catdm.load(cfg)
+    model, net, optimizer, ema = catdm.build(cfg, data, place)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    table = model.student.embed.weight
+    assert decay.pop(id(table)) == 0.0 and set(decay.values()) == {cfg.weight_decay}
+    batches = catdm.load_step(cfg, data, 0, place)
+    assert len(batches) == 1 and len(batches[0][-1]) == 4
+    sums, _ = model(*batches[0])
+    (sums[0] / (4 * 9) + sums[1] / (8 * 9)).backward()
+    want = {k: p.detach() - p.grad for k, p in model.student.named_parameters()
+            if p.grad is not None}
+    model.zero_grad()
+    sgd = torch.optim.SGD(model.student.parameters(), lr=1.0)
+    cfg.lr, cfg.warmup = 1.0, 0
+    catdm.train_step(net, model, sgd, ema, cfg, 0, batches, place)
+    for name, p in model.student.named_parameters():
+        assert name not in want or torch.allclose(p, want[name], atol=1e-5), name
 
 
 def test_padding_carries_no_loss():
