@@ -554,7 +554,7 @@ def _flag_value(field: dataclasses.Field, text: str) -> Any:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of type {kind.__name__}") from None
     if choices is not None and value not in choices:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, choices))}")
     too_low = lo is not None and not value >= lo  # `not >=` also refuses nan
     if too_low or (hi is not None and value > hi):
         low, high = (x if isinstance(x, int) else f"{x:g}" for x in (lo, hi))
@@ -590,7 +590,7 @@ def parse_config(
         else:
             kwargs["type"] = lambda text, field=field: _flag_value(field, text)
             kwargs["metavar"] = (
-                "{" + ",".join(field.metadata["choices"]) + "}"
+                "{" + ",".join(map(str, field.metadata["choices"])) + "}"
                 if field.metadata["choices"] else type(field.default).__name__.upper()
             )
         parser.add_argument(f"--{field.name}", **kwargs)
@@ -785,15 +785,17 @@ def restore_rng(states: list[dict], place: Setup, step: int) -> None:
 
 
 def environment(place: Setup) -> dict:
-    """Commit ($CATDIFF_COMMIT where there is no git), versions and hardware, for logs."""
+    """Commit ($CATDIFF_COMMIT if set, else what git says), versions and hardware, for logs."""
+    commit = os.environ.get("CATDIFF_COMMIT", "")
     git = ["git", "-C", str(Path(__file__).parent)]
+    run = dict(capture_output=True, text=True, check=True, timeout=10)
     try:
-        run = dict(capture_output=True, text=True, check=True, timeout=10)
-        commit = subprocess.run(git + ["rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        status = git + ["status", "--porcelain", "--untracked-files=no"]
-        commit += "+changes" if subprocess.run(status, **run).stdout.strip() else ""
+        if not commit:
+            commit = subprocess.run(git + ["rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+            status = git + ["status", "--porcelain", "--untracked-files=no"]
+            commit += "+changes" if subprocess.run(status, **run).stdout.strip() else ""
     except (OSError, subprocess.SubprocessError):
-        commit = os.environ.get("CATDIFF_COMMIT", "unknown")
+        commit = "unknown"
     if place.device.type == "cuda":
         hardware = f"{place.world} x {torch.cuda.get_device_name(place.device)}"
     else:

@@ -2,7 +2,7 @@
 
     python difformer.py                                     CPU, 4 minutes, nothing to download
     python difformer.py --mode sample --source "neunundneunzig" --show_steps
-    python difformer.py --mode dgs --schedule sqrt --vocab 10000 --embed_dim 128
+    python difformer.py --mode dgs --table 19               the noise that the paper found
     python difformer.py --dataset multi30k                  one GPU
     python difformer.py --train a.de a.en --valid b.de b.en your own pairs of sentences
 
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import common
 from common import RunError, arg
-from data import (PAD, PAIR_SETS, PairData, Sentences, bleu_of_counts, load_pairs, ngrams,
+from data import (PAD, PAIR_SETS, PairData, bleu_of_counts, load_pairs, ngrams,
                   read_lines, score_translations)
 
 # ---------------------------------------------------------------------------------------------
@@ -117,7 +117,10 @@ class Config(common.RunConfig):
     # Evaluation
     split: str = arg("valid", "split to evaluate", choices=("train", "valid", "test"))
     eval_sequences: int = arg(0, "sentences to evaluate; 0: the whole split", 0, 10**9)
-    save: str = arg("", "file for the figures of --mode eval (default: eval.json in the run)")
+    save: str = arg("", "file for the figures of --mode eval (default: eval.json in the run) and "
+                    "--mode dgs")
+    table: int = arg(0, "--mode dgs: all factors of Table 14, 17 or 19; 0: that of the flags",
+                     choices=(0, 14, 17, 19))
     bench_steps: int = arg(20, "timed steps of --mode bench", 1, 10**6)
 
 
@@ -126,7 +129,7 @@ _WIDE = dict(dim=768, ffn=3072, heads=12)  # as DiffuSeq
 PRESETS: dict[str, dict] = {  # Table 21, but for the first two
     # two CPU cores, under four minutes
     "numbers": dict(vocab=400, max_length=32, embed_dim=64, dim=128, ffn=256, depth=2, heads=4,
-                    dropout=0.0, init_std=0.0, embed_std=0.1, batch_tokens=1024, steps=1000,
+                    dropout=0.0, init_std=0.0, embed_std=0.1, batch_tokens=1024, steps=800,
                     lr=1e-3, warmup=200, lr_schedule="cosine", ema=0.99, log_every=50,
                     save_every=500),
     # some minutes of one H200
@@ -248,15 +251,17 @@ def dgs_at(signal: Tensor, sigma: Tensor, V: int, d: int, draws: int = 4096) -> 
     return ((V - 1) * torch.log1p(-p.clamp_max(1 - 1e-12))).exp().mean(-1)
 
 
-def dgs(noise: Noise, V: int, d: int, points: int = GRID) -> float:
-    """Definition 2: DGS_t averaged over time, under the training noise."""
-    index = grid(len(noise.sigma), points)
+def dgs(noise: Noise, V: int, d: int, dense: bool = False) -> float:
+    """Definition 2: DGS_t averaged over time, under the training noise; `dense`: over the middle
+    of every 8 steps, for the time average itself."""
+    T = len(noise.sigma)
+    index = torch.arange(T // 500, T, max(1, T // 250)) if dense else grid(T)
     return dgs_at(*noise.at(index, train=True), V, d).mean().item()
 
 
 def search_factor(
     schedule: str, dgs_max: float, V: int, d: int, rescaling: str = "plain", T: int = 2000,
-    points: int = GRID,
+    dense: bool = False,
 ) -> float:
     """Algorithm 1: the least F >= 1 whose DGS is at most dgs_max, by bisection.
 
@@ -264,7 +269,7 @@ def search_factor(
     19 has the *nearest* multiple of .5. Round the result for the table's figures.
     """
     def score(factor: float) -> float:
-        return dgs(Noise(schedule, factor, rescaling, T), V, d, points)
+        return dgs(Noise(schedule, factor, rescaling, T), V, d, dense)
 
     low = high = 1.0
     while score(high) > dgs_max:
@@ -453,7 +458,7 @@ def choose(candidates: Sequence[Sequence[int]]) -> int:
 def translate(
     model: Difformer, sources: list[str], data: PairData, cfg: Config, place: common.Setup
 ) -> Iterator[dict]:
-    """Yields one {"source", "text"} per source, in order; an empty line stays empty.
+    """Yields one {"source", "text", "candidates"} per source, in order; an empty line stays empty.
 
     2D parallel decoding: length_beam x noise_beam candidates at once, the best by `choose`.
     Paper: the text takes the b1 most probable lengths; the authors' code, and we, the most
@@ -464,15 +469,9 @@ def translate(
     beams = cfg.length_beam * cfg.noise_beam
     for begin in range(0, len(sources), cfg.sample_batch):
         batch = sources[begin:begin + cfg.sample_batch]
-        encoded = [data.encode(text) for text in batch]
-        for i, ids in enumerate(encoded):
-            if len(ids) > cfg.max_length:
-                print(f"a sentence of {len(ids)} tokens is cut to --max_length {cfg.max_length}: "
-                      f"{batch[i][:40]!r}...", file=sys.stderr)
-                encoded[i] = np.append(ids[:cfg.max_length - 1], ids[-1])
-        x = Sentences.join(encoded).rows(np.arange(len(batch)), most=cfg.max_length)
+        x = torch.from_numpy(data.rows(batch)).to(place.device)
         with place.autocast():
-            memory, memory_real, length_logits = model.encode(torch.from_numpy(x).to(place.device))
+            memory, memory_real, length_logits = model.encode(x)
             if cfg.length:  # Table 18
                 lengths = torch.full((len(batch) * beams,), cfg.length + 2, device=place.device)
             else:
@@ -489,7 +488,8 @@ def translate(
         for i, text in enumerate(batch):
             candidates = [[t for t in c if t != PAD] for c in final[i]]
             n = choose(candidates)
-            row = dict(source=text, text=data.decode(candidates[n][1:]) if text.strip() else "")
+            texts = [data.decode(c[1:]) if text.strip() else "" for c in candidates]
+            row = dict(source=text, text=texts[n], candidates=texts)
             if cfg.show_steps:
                 row["steps"] = [data.decode(h[i * beams + n].tolist()[1:]) for h in history]
             yield row
@@ -504,7 +504,7 @@ def evaluate(model: Difformer, cfg: Config, data: PairData, place) -> tuple[dict
         tqdm(found, "translate", len(pairs), leave=False, mininterval=quiet), pairs)]
     seconds = time.time() - begin
     model.train()
-    with open(Path(cfg.out) / "translations.jsonl", "w") as file:
+    with open(Path(cfg.out) / f"translations-{cfg.split}.jsonl", "w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     figures = score_translations(rows)
     figures["speed"] = dict(value=len(rows) / seconds, unit="sentences/s")
@@ -770,21 +770,80 @@ def score(out: str, flags: list[str]) -> dict:
                 length=cfg.max_length, figures=evaluate(model, cfg, data, place)[0])
 
 
-def print_dgs(cfg: Config) -> None:
-    """DGS of a schedule, the factor for dgs_max, the paper's, and what a dense grid would give."""
-    V, d, plain = cfg.vocab, cfg.embed_dim, Noise(cfg.schedule, 1.0, "plain", cfg.T)
-    table = torch.randn(V, d, generator=torch.Generator().manual_seed(cfg.seed))
-    sampled = dgs_monte_carlo(*plain.at(grid(cfg.T), train=True), table).mean().item()
-    print(f"{cfg.schedule}, V = {V:,}, d = {d}, without rescaling: DGS {sampled:.3f} "
-          f"(Algorithm 2), {dgs(plain, V, d):.3f} (competitors integrated out)")
-    cells = {10_000: 0, 20_000: 1, 40_000: 2}
-    print(f"{'DGS_MAX':>8} {'F':>8} {'to .5':>8} {'Table 19':>9} {'dense grid':>11}")
-    found = search_factor(cfg.schedule, cfg.dgs_max, V, d, cfg.rescaling, cfg.T)
-    dense = search_factor(cfg.schedule, cfg.dgs_max, V, d, cfg.rescaling, cfg.T, points=250)
-    row, known = TABLE_19[cfg.schedule].get(cfg.dgs_max), "-"
-    if row and V in cells and d == 128 and cfg.rescaling == "plain":
-        known = f"{row[cells[V]]:g}"
-    print(f"{cfg.dgs_max:8g} {found:8.2f} {round(2 * found) / 2:8.1f} {known:>9} {dense:11.2f}")
+PROBE_TIMES = (np.arange(25) + 0.5) / 25
+PROBE_SENTENCES = 128
+
+
+@torch.no_grad()
+def probe(out: str, flags: list[str]) -> dict:
+    """What `eval.py collapse` asks: how the embeddings of a run lie, and what is left to predict.
+
+    embeddings (V, e) of the averaged weights as they enter the diffusion; at times (n,) the mean
+    cross_entropy (n,) in nats per token of the split's first targets given z_t and the source,
+    without self-conditioning or label smoothing, with the same noise at all times; signal (n,) and
+    sigma (n,) of z_t = signal z_0 + sigma eps in training, F included.
+    """
+    flags = ["--mode", "eval", "--out", out, *flags]
+    cfg, _ = common.parse_config(Config, "difformer", __doc__, PRESETS, flags)
+    place = common.setup(cfg)
+    model, data, _ = load_run(cfg, place)
+    model.eval()
+    sides = zip(*data.pairs_of(cfg.split, PROBE_SENTENCES))
+    x, y = (torch.from_numpy(data.rows(side)).to(place.device) for side in sides)
+    generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, 78))
+    z0, real = model.z0(y), y != PAD
+    eps = torch.randn(z0.shape, generator=generator, device=place.device)
+    steps = torch.from_numpy(PROBE_TIMES * cfg.T).long().to(place.device)
+    signal, sigma = model.noise.at(steps, train=True)
+    ce = []
+    with place.autocast():
+        memory, memory_real, _ = model.encode(x)
+        for step, a, s in zip(steps, signal.float(), sigma.float()):
+            z0_hat = model.denoise(a * z0 + s * eps, step.expand(len(y)), torch.zeros_like(z0),
+                                   real, memory, memory_real)
+            ce.append(F.cross_entropy(model.logits(z0_hat)[real], y[real]).item())
+    return dict(name="difformer", method="difformer", times=PROBE_TIMES, cross_entropy=ce,
+                signal=signal, sigma=sigma,
+                embeddings=model.z0(torch.arange(model.V, device=place.device)).cpu())
+
+
+def search_factors(cfg: Config) -> None:
+    """F for the flags' schedule, or for every cell of one of the paper's tables, beside the
+    paper's and the one that a dense grid of time steps would give."""
+    cells = {
+        0: [(cfg.schedule, cfg.vocab, cfg.embed_dim, cfg.dgs_max, cfg.rescaling, None)],
+        14: [("sqrt", 10_000, d, 0.15, "plain", f)
+             for d, f in ((64, 2.5), (128, 4), (256, 6), (512, 8.5))],
+        17: [("sqrt", 10_000, 128, m, "vp", f) for m, f in ((0.05, 9.5), (0.15, 4.5), (0.5, 2))],
+        19: [(schedule, V, 128, m, "plain", f) for schedule, rows in TABLE_19.items()
+             for m, row in rows.items() for V, f in zip((10_000, 20_000, 40_000), row)]}
+    start, rows = {}, []
+    for schedule, V, d in dict.fromkeys(cell[:3] for cell in cells[cfg.table]):
+        if V == cells[cfg.table][0][1]:
+            noise = Noise(schedule, 1.0, "plain", cfg.T)
+            table = torch.randn(V, d, generator=torch.Generator().manual_seed(cfg.seed))
+            start[f"{schedule}, V = {V:,}, d = {d}"] = dict(
+                algorithm_2=dgs_monte_carlo(*noise.at(grid(cfg.T)), table, 1, 200).mean().item(),
+                integrated=dgs(noise, V, d))
+    print("DGS without rescaling, by Algorithm 2 on random embeddings | competitors integrated out")
+    for name, row in start.items():
+        print(f"{name:32s} {row['algorithm_2']:.3f} | {row['integrated']:.3f}")
+    print(f"\n{'schedule':8s} {'V':>6} {'d':>4} {'DGS_MAX':>8} {'paper':>6} {'ours':>6} {'F':>7} "
+          f"{'dense grid':>11}")
+    for schedule, V, d, dgs_max, rescaling, paper in cells[cfg.table]:
+        found, dense = (search_factor(schedule, dgs_max, V, d, rescaling, cfg.T, dense)
+                        for dense in (False, True))
+        rows.append(dict(schedule=schedule, vocab=V, embed_dim=d, dgs_max=dgs_max, paper=paper,
+                         rescaling=rescaling, ours=round(2 * found) / 2, factor=round(found, 3),
+                         dense=round(dense, 3)))
+        print(f"{schedule:8s} {V:6d} {d:4d} {dgs_max:8g} {'-' if paper is None else paper:>6} "
+              f"{rows[-1]['ours']:6g} {found:7.2f} {dense:11.2f}")
+    if cfg.table:
+        steps = Counter(abs(row["ours"] - row["paper"]) / 0.5 for row in rows)
+        print(f"{steps[0]} of {len(rows)} cells are the paper's, {steps[1]} are one step of .5 off")
+    if cfg.save:
+        common.write_json(Path(cfg.save), dict(table=cfg.table, dgs=start, cells=rows,
+                                               **common.environment(common.setup(cfg))))
 
 
 def bench(cfg: Config, place: common.Setup) -> None:
@@ -827,7 +886,7 @@ def main(argv: list[str] | None = None) -> None:
     elif cfg.mode == "bench":
         bench(cfg, place)
     elif cfg.mode == "dgs":
-        print_dgs(cfg)
+        search_factors(cfg)
     else:
         model, data, step = load_run(cfg, place)
         if cfg.mode == "eval":

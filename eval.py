@@ -4,6 +4,7 @@
     python eval.py runs/cadd-text8 --split test            on another split
     python eval.py samples.jsonl --dataset english27       a file of samples alone
     python eval.py collapse runs/catdm-mnist runs/csdm-mnist    have learned embeddings collapsed?
+    python eval.py translations.jsonl --metrics comet      translations with references
 
 A run folder is scored on the full split (VADD: on as many sequences as the run's --eval_sequences,
 its figures cost many network calls) with a fixed seed and the averaged (EMA) weights; the
@@ -25,6 +26,9 @@ the row "data" gives the same metrics of real text, the value to aim at.
     exact           translations: percentage equal to their reference, character by character
     bleu            corpus BLEU-4 in percent of lower-cased text, tokenised as mteval-v13a does
     sacrebleu       the same as sacrebleu reports it by default, if that package is installed
+    rouge1, 2, L    mean F1 of ROUGE in percent, lower-cased, not stemmed
+    div4            distinct 4-grams over all in the candidates of a source, mean over sources
+    bertscore, comet  with --metrics: they load large models of other packages
 
 `collapse` asks what became of the embeddings that CATDM, CADD and Difformer learn:
 
@@ -33,7 +37,8 @@ the row "data" gives the same metrics of real text, the value to aim at.
                     norm: 0 if all are alike
     effective rank  (sum v)^2 / sum v^2 of the variances v along principal axes: how many
                     dimensions are in use, at most min(V - 1, D)
-    variance of EMB(x)  over 10,000 examples, of each of the L x D dimensions (CATDM's Figure 1)
+    variance of EMB(x)  over examples, of each of the L x D dimensions (CATDM's Figure 1); where
+                    all examples have the same token it is 0 whatever the embeddings
     DGS             how often a degenerate model, which knows the embeddings alone, finds the token
                     in its noisy embedding (Difformer, Definition 2), averaged over the noise levels
                     of the curves: near 1 there is nothing to be learned from context
@@ -52,9 +57,11 @@ import importlib
 import itertools
 import json
 import math
+import re
 import sys
 import textwrap
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Iterable, Sequence
 
@@ -63,7 +70,8 @@ import torch
 
 import common
 from common import RunError
-from data import TOY_POINTS, TextData, load_dataset, pillow, words
+from data import (TOY_POINTS, TextData, load_dataset, ngrams, pillow, score_translations,
+                  words)
 
 METHODS = ("cadd", "vadd", "difformer", "catdm")  # scripts with a function score(out, flags)
 
@@ -144,6 +152,75 @@ def sacrebleu(rows: list[dict]) -> dict[str, dict]:
     metric = BLEU()
     score = metric.corpus_score([r["text"] for r in rows], [[r["reference"] for r in rows]]).score
     return {"sacrebleu": dict(value=score, unit=str(metric.get_signature()))}
+
+
+def common_subsequence(a: Sequence, b: Sequence) -> int:
+    """Length of the longest sequence of words that both have in this order."""
+    best = [0] * (len(b) + 1)
+    for x in a:
+        above = 0  # best[j] of the row before
+        for j, y in enumerate(b, 1):
+            above, best[j] = best[j], above + 1 if x == y else max(best[j], best[j - 1])
+    return best[-1]
+
+
+def rouge(hypothesis: str, reference: str) -> tuple[float, float, float]:
+    """F-measures of ROUGE-1, -2, -L (Lin 2004) in [0, 1]; words are runs of letters and digits in
+    lower case, not stemmed."""
+    a, b = (re.findall(r"\w+", text.lower()) for text in (hypothesis, reference))
+    hits = [(x & y).total() for x, y in zip(ngrams(a)[:2], ngrams(b)[:2])]
+    totals = [len(a) + len(b), len(a) + len(b) - 2]  # of both sides
+    hits, totals = [*hits, common_subsequence(a, b)], [*totals, totals[0]]
+    return tuple(2 * h / t if h else 0.0 for h, t in zip(hits, totals))
+
+
+def diversity(candidates: Sequence[str], n: int = 4) -> float | None:
+    """div-4: the share of distinct n-grams among all in one source's candidates (DiffuSeq)."""
+    found = sum((ngrams(text.split())[n - 1] for text in candidates), Counter())
+    return len(found) / found.total() if found else None
+
+
+def bertscore(rows: list[dict]) -> dict[str, dict]:
+    """Mean F1 with DiffuSeq's model, in percent."""
+    try:
+        from bert_score import score
+    except ImportError:
+        raise RunError("BERTScore needs a package: pip install bert-score") from None
+    model = "microsoft/deberta-xlarge-mnli"
+    _, _, f1 = score([r["text"] for r in rows], [r["reference"] for r in rows], model_type=model)
+    return {"bertscore": dict(value=100 * float(f1.mean()), unit=f"F1, {model}")}
+
+
+def comet(rows: list[dict]) -> dict[str, dict]:
+    """COMET's mean of the model named."""
+    try:
+        from comet import download_model, load_from_checkpoint
+    except ImportError:
+        raise RunError("COMET needs a package: pip install unbabel-comet") from None
+    name = "Unbabel/wmt22-comet-da"
+    if any("source" not in row for row in rows):
+        raise RunError('COMET needs each translation\'s "source"')
+    triples = [dict(src=r["source"], mt=r["text"], ref=r["reference"]) for r in rows]
+    found = load_from_checkpoint(download_model(name)).predict(
+        triples, batch_size=64, gpus=int(torch.cuda.is_available()))
+    return {"comet": dict(value=float(found.system_score), unit=name)}
+
+
+EXTRA = {"bertscore": bertscore, "comet": comet}  # need large models
+
+
+def translation_figures(rows: list[dict], extra: Sequence[str] = ()) -> dict[str, dict]:
+    """All figures of {"text", "reference"[, "source", "candidates"]} rows."""
+    figures = score_translations(rows) | sacrebleu(rows)
+    means = np.mean([rouge(row["text"], row["reference"]) for row in rows], 0)
+    for name, value in zip("12L", means):
+        figures[f"rouge{name}"] = dict(value=100 * float(value), unit="F1")
+    values = [diversity(row["candidates"]) for row in rows if len(row.get("candidates", ())) > 1]
+    if values := [value for value in values if value is not None]:
+        figures["div4"] = dict(value=sum(values) / len(values), unit="per source")
+    for name in extra:
+        figures |= EXTRA[name](rows)
+    return figures
 
 
 # ---------------------------------------------------------------------------------------------
@@ -329,7 +406,7 @@ def draw_collapse(results: dict[str, dict], folder: Path) -> list[Path]:
         ("variances", "", "variance of each dimension of EMB(x), sorted (Fig. 1)",
          "dimension, as a share of all L x D", True),
         ("ce", "times", "cross-entropy of x0 given z_t, nats per token (Fig. 1)", "t", False),
-        ("dgs", "times", "DGS_t: share of tokens that a nearest embedding finds", "t", False),
+        ("dgs", "times", "DGS_t: accuracy of the degenerate model", "t", False),
         ("axes", "", "variance of the embeddings along principal axes", "axis, as a share of all",
          True),
         ("norms", "", "magnitudes |e_v|, sorted (Fig. 6)", "token, as a share of all V", False),
@@ -370,10 +447,10 @@ def method_of(out: Path) -> str:
         raise RunError(f"{checkpoint} is truncated or not a checkpoint") from error
 
 
-def score_run(out: Path, split: str, flags: list[str]) -> dict:
+def score_run(out: Path, split: str, flags: list[str], extra: Sequence[str] = ()) -> dict:
     """A run folder's figures on the full split, from eval-SPLIT.json if that is up to date."""
     method, kept = method_of(out), out / f"eval-{split}.json"
-    stamp = {"mtime_ns": (out / "checkpoint.pt").stat().st_mtime_ns, "flags": flags}
+    stamp = {"mtime_ns": (out / "checkpoint.pt").stat().st_mtime_ns, "flags": [*flags, *extra]}
     if kept.exists():
         result = json.loads(kept.read_text())
         if result.pop("of") == stamp:
@@ -381,6 +458,9 @@ def score_run(out: Path, split: str, flags: list[str]) -> dict:
     if method not in METHODS:
         raise RunError(f"{out}: no script scores the method {method!r}")
     result = importlib.import_module(method).score(str(out), ["--split", split, *flags])
+    if method == "difformer":
+        rows = read_samples(out / f"translations-{split}.jsonl")
+        result["figures"] |= translation_figures(rows, extra)
     common.write_json(kept, {"of": stamp, **result})
     return result
 
@@ -406,17 +486,23 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def figure_columns(figures: dict[str, dict]) -> dict[str, str]:
+    """Figures as columns of the table of runs."""
+    row = {}
+    for figure, f in figures.items():
+        text = f"{f['value']:.4f}" + (f" ± {f['stderr']:.4f}" if "stderr" in f else "")
+        text += f" (ppl {f['perplexity']:.2f})" if "perplexity" in f else ""
+        row[f"{figure}, {f['unit']}"] = text + ("" if f.get("is_bound", True) else " (no bound)")
+    return row
+
+
 def row_of(name: str, result: dict | None, samples: dict | None) -> dict:
     """One line of the table."""
     row: dict = {"run": name}
     if result:
         row |= {"method": result["method"], "data": f"{result['dataset']}/{result['split']}",
                 "steps": f"{result['step']:,}"}
-        for figure, f in result["figures"].items():
-            text = f"{f['value']:.4f}" + (f" ± {f['stderr']:.4f}" if "stderr" in f else "")
-            text += f" (ppl {f['perplexity']:.2f})" if "perplexity" in f else ""
-            row[f"{figure}, {f['unit']}"] = text + ("" if f.get("is_bound", True) else
-                                                    " (no bound)")
+        row |= figure_columns(result["figures"])
     if samples:
         row |= {"samples": str(samples["samples"]), "entropy, nats": show(samples["entropy_nats"]),
                 "spelled": show(samples.get("spelled"), percent=True),
@@ -466,6 +552,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="data", help="where datasets are")
     parser.add_argument("--dataset", help="whose words to compare with, for files of samples")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--metrics", nargs="+", default=[], choices=EXTRA, help="also these")
     parser.add_argument("--eval_draws", type=int, help="draws per sequence (default: the run's)")
     args = parser.parse_args(argv)
     flags = ["--data_dir", args.data_dir, "--device", args.device]
@@ -479,9 +566,13 @@ def main(argv: list[str] | None = None) -> None:
             raise RunError(f"{name} does not exist: give a run folder or a file of samples")
         result, file, dataset, length = None, path, args.dataset, None
         if path.is_dir():
-            result = score_run(path, args.split, flags)
+            result = score_run(path, args.split, flags, args.metrics)
             file, dataset = path / "samples.jsonl", result["dataset"]
             length = result["length"]
+        elif '"reference":' in path.open().readline():
+            rows.append({"run": name} | figure_columns(
+                translation_figures(read_samples(path), args.metrics)))
+            continue
         elif not dataset:
             raise RunError(f"{name}: say --dataset, whose text the words are compared with")
         samples = None

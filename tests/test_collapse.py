@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 import cadd
+import catdm
 import common
+import data
+import difformer
 import eval as metrics
 import vadd
 from common import RunError
@@ -68,6 +71,17 @@ def test_isotropic_embeddings():
     assert f["spread"] == pytest.approx(0.5, abs=0.02)
     assert f["effective_rank"] == pytest.approx(D / (1 + D / V), rel=0.01)
     assert f["ani"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_dgs_of_two_embeddings_in_closed_form():
+    """+-e: the degenerate model takes the sign of z e, so DGS_t = Phi(signal |e| / sigma)."""
+    table = 0.7 * torch.nn.functional.normalize(torch.ones(2, 6), dim=-1)
+    table[1] *= -1
+    c = metrics.collapse(made_probe(table))["curves"]
+    for k in (3, 5, 8, 10):
+        t = k / 10
+        phi = 0.5 * (1 + math.erf((1 - t) / t * 0.7 / math.sqrt(2)))
+        assert c["dgs"][k] == pytest.approx(phi, abs=0.03)        # 4,000 draws: 4 errors
 
 
 def test_spectrum_is_the_covariances():
@@ -233,6 +247,26 @@ def test_the_command(runs, capsys, tmp_path):
     assert sizes == [(3 * W, 2 * H), (2 * W, H)]
     metrics.main(["collapse", str(runs / "vp"), *flags, "--out", str(tmp_path / "new")])
     assert (tmp_path / "new" / "collapse.png").exists()
+
+
+def test_one_diagnosis_for_three_papers(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "GLYPH_SPLITS", {"train": 480, "valid": 32, "test": 32})
+    tiny = ["--device", "cpu", "--steps", "2", "--samples", "1", "--depth", "1", "--heads", "2",
+            "--eval_sequences", "4", "--embed_dim", "8"]
+    difformer.main([*tiny, "--dim", "16", "--ffn", "16", "--batch_tokens", "192", "--max_number",
+                    "99", "--vocab", "300", "--K", "4", "--early_stop", "1", "--out",
+                    str(tmp_path / "difformer")])
+    catdm.main([*tiny, "--dim", "16", "--batch_size", "8", "--sample_steps", "2", "--data_dir",
+                str(tmp_path / "data"), "--out", str(tmp_path / "catdm")])
+    capsys.readouterr()
+    folders = [str(tmp_path / "catdm"), str(tmp_path / "difformer")]
+    metrics.main(["collapse", *folders, "--data_dir", str(tmp_path / "data"), "--device", "cpu"])
+    lines = [[cell.strip() for cell in line.split("|")] for line in
+             capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line[1:4] for line in lines[2:]] == [
+        ["catdm", "catdm", "256 x 8"], ["difformer", "difformer", "300 x 8"]]
+    column = next(i for i, name in enumerate(lines[0]) if name.startswith("variance of EMB"))
+    assert lines[2][column] and not lines[3][column]              # sentences vary in length
 
 
 def test_the_command_refuses(runs, tmp_path):

@@ -17,7 +17,7 @@ import data
 import difformer
 import eval as metrics
 from common import RunError
-from data import DataError, PairData
+from data import PairData
 from difformer import Config, Difformer, Noise
 
 PLACE = common.Setup(0, 1, torch.device("cpu"), False)
@@ -26,8 +26,9 @@ SMALL = dict(embed_dim=8, dim=16, ffn=16, depth=1, heads=2, max_length=16, dropo
              init_std=0.0, embed_std=0.5)
 TINY = ["--device", "cpu", "--embed_dim", "8", "--dim", "16", "--ffn", "16", "--depth", "1",
         "--heads", "2", "--batch_tokens", "192", "--factor", "2", "--dropout",
-        "0.1", "--max_number", "99", "--max_length", "32", "--vocab", "300", "--eval_sequences", "3",
-        "--K", "4", "--early_stop", "1", "--log_every", "2", "--save_every", "3",
+        "0.1", "--max_number", "99", "--max_length", "32", "--vocab", "300",
+        "--eval_sequences", "3", "--K", "4", "--early_stop", "1", "--log_every", "2",
+        "--save_every", "3",
         "--length_beam", "1", "--noise_beam", "2", "--samples", "1"]
 
 
@@ -108,12 +109,15 @@ def test_kept_steps():
 
 @pytest.mark.parametrize("schedule, dgs_max, V, factor", [
     ("linear", 0.05, 10_000, 21.17), ("cosine", 0.05, 10_000, 40.82), ("sqrt", 0.05, 10_000, 6.88),
-    ("linear", 0.2, 10_000, 4.23), ("sqrt", 0.15, 10_000, 4.05), ("sqrt", 0.5, 10_000, 1.82)])
+    ("linear", 0.2, 10_000, 4.23), ("sqrt", 0.15, 10_000, 4.05), ("sqrt", 0.5, 10_000, 1.82),
+    ("sqrt", 0.05, 20_000, None), ("cosine", 0.5, 40_000, None), ("sqrt", 0.15, 40_000, None)])
 def test_search_reproduces_table_19(schedule, dgs_max, V, factor):
+    """The factors before rounding were computed elsewhere; columns 20K and 40K: the table's."""
     found = difformer.search_factor(schedule, dgs_max, V, 128)
-    assert found == pytest.approx(factor, rel=0.02)
-    cell = difformer.TABLE_19[schedule][dgs_max][0]
-    assert abs(round(2 * found) / 2 - cell) <= 0.5
+    if factor:
+        assert found == pytest.approx(factor, rel=0.02)
+    cell = difformer.TABLE_19[schedule][dgs_max][(10_000, 20_000, 40_000).index(V)]
+    assert abs(round(2 * found) / 2 - cell) <= (0.5 if factor else 0)
 
 
 def test_search_reproduces_tables_14_and_17():
@@ -134,10 +138,25 @@ def test_dgs_of_table_2_and_by_monte_carlo():
     assert torch.allclose(sampled, difformer.dgs_at(a, s, 300, 64), atol=0.04)
 
 
-def test_dgs_mode_prints_the_papers_cell(capsys):
+def test_dgs_mode_prints_tables_and_saves_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(difformer, "search_factor", lambda s, m, V, d, r, T, dense: (
+        9.0 if dense else {0.05: 9.4, 0.15: 4.2, 0.5: 3.2}[m]) if r == "vp" else d / 32)
+    for number, result in ((17, "1 of 3 cells are the paper's, 1 are one step of .5 off"),
+                           (14, "1 of 4 cells are the paper's, 1 are one step of .5 off")):
+        file = tmp_path / f"{number}.json"
+        difformer.main(["--mode", "dgs", "--table", str(number), "--save", str(file), "--device",
+                        "cpu"])
+        assert result in capsys.readouterr().out
+    cells = json.loads((tmp_path / "17.json").read_text())["cells"]
+    assert [(c["ours"], c["paper"], c["dense"]) for c in cells] == [(9.5, 9.5, 9), (4, 4.5, 9),
+                                                                    (3, 2, 9)]
+
+
+def test_dgs_mode_by_flags(capsys):
     difformer.main("--mode dgs --schedule sqrt --vocab 10000 --embed_dim 128".split())
     row = capsys.readouterr().out.splitlines()[-1].split()
-    assert float(row[2]) == float(row[3]) == 4.0 and float(row[4]) != float(row[1])
+    assert row[:6] == ["sqrt", "10000", "128", "0.15", "-", "4"]
+    assert float(row[7]) < float(row[6]) - 0.05  # the published factors come from a coarse grid
 
 
 def test_anisotropy():
@@ -293,120 +312,6 @@ def test_the_length_is_predicted_or_given(wanted):
     assert seen == [[wanted + 2] * 2 if wanted else predicted]
 
 
-# ------------------------------------------------------------------------- data
-
-
-@pytest.mark.parametrize("n, german, english", [
-    (0, "null", "zero"), (1, "eins", "one"), (16, "sechzehn", "sixteen"),
-    (17, "siebzehn", "seventeen"), (21, "einundzwanzig", "twenty-one"),
-    (30, "dreißig", "thirty"), (34, "vierunddreißig", "thirty-four"),
-    (60, "sechzig", "sixty"), (70, "siebzig", "seventy"),
-    (101, "einhunderteins", "one hundred one"), (1000, "eintausend", "one thousand"),
-    (9999, "neuntausendneunhundertneunundneunzig",
-     "nine thousand nine hundred ninety-nine"),
-    (101_001, "einhunderteintausendeins", "one hundred one thousand one"),
-    (21_012, "einundzwanzigtausendzwölf", "twenty-one thousand twelve")])
-def test_number_words(n, german, english):
-    assert data.german_number(n) == german and data.english_number(n) == english
-
-
-def test_numbers_are_split_without_overlap():
-    pairs = data.number_pairs(9999)
-    assert pairs == data.number_pairs(9999)
-    everything = [p for split in pairs.values() for p in split]
-    assert len(set(everything)) == 10_000 and len({a for a, _ in everything}) == 10_000
-    assert [len(pairs[s]) for s in ("train", "valid", "test")] == [9000, 500, 500]
-    with pytest.raises(DataError, match="largest number"):
-        data.number_pairs(10**6)
-
-
-def test_bpe_joins_the_most_frequent_pair_and_loses_nothing():
-    vocab = [bytes.fromhex(t) for t in data.learn_bpe(["hug hug hug pug pun bun"], 259)]
-    assert vocab[256] == b"ug" and len(vocab) == 259  # 4 times; " h" and "hu" 2 and 3
-    codec = data.BPECodec(data.learn_bpe(["der Hund bellt"] * 5, 300))
-    for text in ("der Hund", "  zwei   Leer ", "\u4f60\u597d\n\U0001f600", ""):
-        assert codec.decode(codec.encode(text)) == text
-    assert len(codec.encode("der Hund bellt")) == 3 and codec.encode("a").min() >= 3
-
-
-def test_train_batch_is_a_function_of_its_arguments():
-    pairs = data.load_pairs("numbers", length=32, vocab=300, max_number=199)
-    whole = pairs.train_batch(0, 7, 256)
-    other = data.load_pairs("numbers", length=32, vocab=300, max_number=199)
-    other.train_batch(1, 3, 128)
-    assert all(map(np.array_equal, whole, other.train_batch(0, 7, 256)))
-    assert not np.array_equal(whole[0], other.train_batch(1, 7, 256)[0])
-    x, y = whole
-    assert (x[:, 0] == 1).all() and ((x == 2).sum(1) == 1).all() and x.shape[1] % 8 == 0
-
-
-def test_an_epoch_has_every_pair_and_full_batches():
-    pairs = data.load_pairs("numbers", length=40, vocab=300, max_number=199)
-    known = {tuple(map(tuple, map(pairs.encode, pair))) for pair in pairs.pairs_of("train")}
-    steps = len(pairs.cuts(256)) - 1
-    orders = []
-    for epoch in range(2):
-        seen = []
-        for step in range(epoch * steps, (epoch + 1) * steps):
-            x, y = pairs.train_batch(0, step, 256)
-            L = max(x.shape[1], y.shape[1])
-            assert 256 - L < len(x) * L <= 256 and len(x) == len(y)
-            seen += [(tuple(a[a > 0]), tuple(b[b > 0])) for a, b in zip(x, y)]
-        assert set(seen) == known and len(known) == 180
-        assert len(seen) - len(known) < 256 // 8  # the last batch is filled up
-        orders.append(seen)
-    assert orders[0] != orders[1]
-
-
-def test_own_files_and_their_mistakes(tmp_path, capsys):
-    def write(name, text):
-        (tmp_path / name).write_text(text)
-        return str(tmp_path / name)
-    a, b = write("a", "eins\n\nzwei\n" + "drei " * 99 + "\n"), write("b", "one\nx\ntwo\nthree\n")
-    pairs = data.load_pairs("files", length=24, vocab=300, files={"train": (a, b), "valid": (a, b)})
-    assert pairs.pairs == 2 and "2 of 4 training pairs are left out" in capsys.readouterr().err
-    assert len(pairs.texts["test"]) == 4
-    with pytest.raises(DataError, match="has 4 lines, .* has 1"):
-        data.load_pairs("files", files={"train": (a, write("c", "one\n"))})
-    with pytest.raises(DataError, match="--train a.de a.en"):
-        data.load_pairs("files", files={"train": ()})
-    (tmp_path / "d").write_bytes(b"\xff\xfe\n" * 4)
-    with pytest.raises(DataError, match="cannot be read as UTF-8"):
-        data.load_pairs("files", files={"train": (a, str(tmp_path / "d"))})
-    with pytest.raises(DataError, match="raise --max_length"):
-        data.load_pairs("files", length=2, vocab=300, files={"train": (a, b), "valid": (a, b)})
-
-
-# ------------------------------------------------------------------------- metrics
-
-
-def test_bleu_gives_the_published_examples():
-    """The examples of NLTK's documentation: 0.5046 and, for two sentences, 0.5921."""
-    hyp1 = ("It is a guide to action which ensures that the military always obeys the commands of "
-            "the party").split()
-    refs = ["It is a guide to action that ensures that the military will forever heed Party "
-            "commands", "It is the guiding principle which guarantees the military forces always "
-            "being under the command of the Party", "It is the practical guide for the army "
-            "always to heed the directions of the party"]
-    refs1 = [r.split() for r in refs]
-    hyp2 = "he read the book because he was interested in world history".split()
-    refs2 = ["he was interested in world history because he read the book".split()]
-    assert data.bleu([hyp1], [refs1]) == pytest.approx(0.5045666840058485)
-    assert data.bleu([hyp1, hyp2], [refs1, refs2]) == pytest.approx(0.5920778868801042)
-    assert data.bleu([["a", "b"]], [[["a", "b", "c", "d"]]]) == 0
-    smooth = data.bleu([["a", "b"]], [[["a", "b", "c", "d"]]], smooth=True)
-    assert smooth == pytest.approx(math.exp(1 - 4 / 2))
-
-
-def test_tokeniser_and_figures():
-    assert data.tokenise_13a('"Hi," he said: 3.5%-off...') == [
-        '"', "Hi", ",", '"', "he", "said", ":", "3.5", "%", "-off", ".", ".", "."]
-    rows = [dict(text="A cat sat here .", reference="a cat sat here."),
-            dict(text="a b c d e", reference="a b c d e")]
-    figures = data.score_translations(rows)
-    assert figures["exact"]["value"] == 50 and figures["bleu"]["value"] == pytest.approx(100)
-
-
 # ------------------------------------------------------------------------- whole runs
 
 
@@ -420,7 +325,7 @@ def test_resume_is_exact_and_a_run_leaves_everything(run, capsys):
     assert all(torch.equal(x, y) for x, y in zip(one["model"].values(), two["model"].values()))
     result = json.loads((a / "result.json").read_text())
     assert result["step"] == 8 and result["figures"]["speed"]["value"] > 0
-    assert len((a / "translations.jsonl").read_text().splitlines()) == 3
+    assert len((a / "translations-valid.jsonl").read_text().splitlines()) == 3
     capsys.readouterr()
     run(8, out="a")
     assert "is complete: 8 steps" in capsys.readouterr().out
@@ -456,6 +361,21 @@ def test_sample_needs_the_checkpoint_alone(run, tmp_path, capsys):
                     "--show_steps"])
     printed = capsys.readouterr().out
     assert printed.count("->") == 3 and "call   1" in printed
+
+
+def test_probe_says_what_is_left_to_predict(run):
+    out = run(4, "--loss", "anchor")
+    found = difformer.probe(str(out), ["--device", "cpu"])
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    table = state["ema"]["params"]["embed.weight"] * 8**0.5
+    assert torch.equal(found["embeddings"], table) and len(found["times"]) == 25
+    noise = Noise("sqrt", 2.0, "plain", 2000)
+    index = torch.tensor([40, 120])  # the middle of the first two of 25 parts of 2000 steps
+    assert torch.equal(found["sigma"][:2], 2 * noise.sigma[index])
+    assert torch.equal(found["signal"][:2], noise.signal[index])
+    ce = found["cross_entropy"]
+    assert 0.5 * math.log(300) < ce[-1] < 1.2 * math.log(300)  # hardly trained
+    assert found["cross_entropy"] == difformer.probe(str(out), ["--device", "cpu"])["cross_entropy"]
 
 
 def test_own_pairs_from_the_command_line(tmp_path, capsys):

@@ -489,6 +489,16 @@ def test_toys_are_the_papers(name, entropy, one_step, five_steps):
     assert own is p and not np.array_equal(data.splits["train"], data.splits["valid"])
 
 
+@pytest.mark.parametrize("name", ["checkerboard", "swissroll", "circles"])
+def test_every_twentieth_point_is_a_fair_sample(name):
+    """Evaluations take strided subsets; alternating circles once left one of the two out."""
+    points = load_dataset(name, "nowhere").splits["train"].astype(float)
+    radius = np.linalg.norm(points - 49.5, axis=1)
+    part, rest = radius[::20], np.delete(radius, np.s_[::20])
+    error = radius.std() / len(part) ** 0.5
+    assert abs(part.mean() - rest.mean()) < 4 * error                     # 4 sigma
+
+
 def test_divergences_by_hand():
     p, q = np.array([[0.5, 0.5, 0.0]]), np.array([[0.5, 0.0, 0.5]])
     assert vadd.jensen_shannon(p, q) == pytest.approx(0.5 * math.log(2))
