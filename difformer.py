@@ -2,9 +2,10 @@
 
     python difformer.py                                     CPU, 4 minutes, nothing to download
     python difformer.py --mode sample --source "neunundneunzig" --show_steps
-    python difformer.py --mode dgs --table 19               the noise that the paper found
+    python difformer.py --mode dgs --schedule sqrt          the noise it takes
     python difformer.py --dataset multi30k                  one GPU
-    python difformer.py --train a.de a.en --valid b.de b.en your own pairs of sentences
+    torchrun --nproc_per_node 8 difformer.py --dataset wmt14    eight GPUs, the paper's main run
+    python difformer.py --train a.de a.en --valid b.de b.en     your own pairs of sentences
 
 A sentence's embeddings get Gaussian noise; a decoder that sees the source sentence learns to take
 it out. Equation numbers are the paper's ("Empowering Diffusion Models on the Embedding Space for
@@ -117,10 +118,7 @@ class Config(common.RunConfig):
     # Evaluation
     split: str = arg("valid", "split to evaluate", choices=("train", "valid", "test"))
     eval_sequences: int = arg(0, "sentences to evaluate; 0: the whole split", 0, 10**9)
-    save: str = arg("", "file for the figures of --mode eval (default: eval.json in the run) and "
-                    "--mode dgs")
-    table: int = arg(0, "--mode dgs: all factors of Table 14, 17 or 19; 0: that of the flags",
-                     choices=(0, 14, 17, 19))
+    save: str = arg("", "file for the figures of --mode eval (default: eval.json in the run)")
     bench_steps: int = arg(20, "timed steps of --mode bench", 1, 10**6)
 
 
@@ -288,16 +286,6 @@ def anisotropy(table: Tensor) -> float:
     V = len(unit)
     return ((unit.sum(0).square().sum() - V) / (V * (V - 1))).item()
 
-
-TABLE_19 = {  # F at d = 128 by DGS_MAX: V = 10K, 20K, 40K
-    "linear": {0.05: (21, 20, 19), 0.1: (9.5, 9, 9), 0.15: (6, 5.5, 5.5), 0.2: (4, 4, 4),
-               0.3: (2.5, 2.5, 2.5)},
-    "cosine": {0.05: (41, 38.5, 37), 0.1: (19, 18.5, 18), 0.15: (12.5, 12, 11.5),
-               0.2: (9, 9, 8.5), 0.3: (6, 5.5, 5.5), 0.5: (3, 2.5, 2.5)},
-    "sqrt": {0.05: (7, 6.5, 6), 0.1: (5, 4.5, 4.5), 0.15: (4, 4, 3.5), 0.2: (3.5, 3.5, 3),
-             0.3: (2.5, 2.5, 2.5), 0.5: (2, 2, 1.5)},
-}
-
 # ---------------------------------------------------------------------------------------------
 # Model and loss
 # ---------------------------------------------------------------------------------------------
@@ -344,8 +332,10 @@ class Difformer(nn.Module):
         return self.embed(y) * self.cfg.embed_dim**0.5
 
     def logits(self, z: Tensor) -> Tensor:
-        """p(y | z), the rounding step: (..., e) -> (..., V) float32."""
-        return F.linear(z, self.embed.weight).float()
+        """p(y | z), the rounding step: (..., e) -> (..., V), in float32: bfloat16 cannot tell the
+        largest two logits apart, and a product over e = 128 dimensions costs little."""
+        with torch.autocast(z.device.type, enabled=False):
+            return F.linear(z.float(), self.embed.weight)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Source ids (B, M) -> states (B, M, d), which are no padding (B, M), length logits."""
@@ -450,7 +440,8 @@ def choose(candidates: Sequence[Sequence[int]]) -> int:
         totals = [max(0, len(c) - n) for n in range(4)]
         return bleu_of_counts(hits, totals, len(c), len(o), smooth=True)
 
-    value = {c: sum((n - (o == c)) * similar(c, o) for o, n in several.items()) for c in several}
+    # Each counts itself too, which adds the same to all.
+    value = {c: sum(n * similar(c, o) for o, n in several.items()) for c in several}
     return list(map(tuple, candidates)).index(max(value, key=value.get))
 
 
@@ -464,6 +455,8 @@ def translate(
     Paper: the text takes the b1 most probable lengths; the authors' code, and we, the most
     probable one and its neighbours.
     """
+    if cfg.length > cfg.max_length - 2 or cfg.K > cfg.T:
+        raise RunError(f"--length is at most {cfg.max_length - 2} and --K at most {cfg.T} here")
     model.eval()
     generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, 99))
     beams = cfg.length_beam * cfg.noise_beam
@@ -482,9 +475,11 @@ def translate(
             N = min(-(-int(lengths.max()) // 8) * 8, cfg.max_length)
             real = torch.arange(N, device=place.device) < lengths[:, None]
             memory, memory_real = (m.repeat_interleave(beams, 0) for m in (memory, memory_real))
-            history = list(denoise(model, memory, memory_real, real, cfg.K, cfg.early_stop,
-                                   cfg.clamp, generator))
-        final = history[-1].view(len(batch), beams, -1).tolist()
+            history = []
+            for tokens in denoise(model, memory, memory_real, real, cfg.K, cfg.early_stop,
+                                  cfg.clamp, generator):
+                history = [*history, tokens] if cfg.show_steps else [tokens]
+        final = tokens.view(len(batch), beams, -1).tolist()
         for i, text in enumerate(batch):
             candidates = [[t for t in c if t != PAD] for c in final[i]]
             n = choose(candidates)
@@ -612,10 +607,10 @@ def train(cfg: Config, place: common.Setup) -> None:
         state = common.read_checkpoint(checkpoint, "difformer", place.device)
         common.check_same_run(state["config"], dataclasses.asdict(cfg), Config)
     data = load(cfg, state)
-    model, net, optimizer, ema = build(cfg, data.vocab_size, place)
     if min(cfg.batch_tokens // max(data.longest), data.pairs) < place.world:
         raise RunError(f"--batch_tokens {cfg.batch_tokens} or {data.pairs} pairs are too few for "
                        f"{place.world} processes with sentences of {max(data.longest)} tokens")
+    model, net, optimizer, ema = build(cfg, data.vocab_size, place)
     step, seconds = 0, 0.0
     if resumed:
         common.load_weights(model, state["model"], checkpoint)
@@ -807,43 +802,17 @@ def probe(out: str, flags: list[str]) -> dict:
                 embeddings=model.z0(torch.arange(model.V, device=place.device)).cpu())
 
 
-def search_factors(cfg: Config) -> None:
-    """F for the flags' schedule, or for every cell of one of the paper's tables, beside the
-    paper's and the one that a dense grid of time steps would give."""
-    cells = {
-        0: [(cfg.schedule, cfg.vocab, cfg.embed_dim, cfg.dgs_max, cfg.rescaling, None)],
-        14: [("sqrt", 10_000, d, 0.15, "plain", f)
-             for d, f in ((64, 2.5), (128, 4), (256, 6), (512, 8.5))],
-        17: [("sqrt", 10_000, 128, m, "vp", f) for m, f in ((0.05, 9.5), (0.15, 4.5), (0.5, 2))],
-        19: [(schedule, V, 128, m, "plain", f) for schedule, rows in TABLE_19.items()
-             for m, row in rows.items() for V, f in zip((10_000, 20_000, 40_000), row)]}
-    start, rows = {}, []
-    for schedule, V, d in dict.fromkeys(cell[:3] for cell in cells[cfg.table]):
-        if V == cells[cfg.table][0][1]:
-            noise = Noise(schedule, 1.0, "plain", cfg.T)
-            table = torch.randn(V, d, generator=torch.Generator().manual_seed(cfg.seed))
-            start[f"{schedule}, V = {V:,}, d = {d}"] = dict(
-                algorithm_2=dgs_monte_carlo(*noise.at(grid(cfg.T)), table, 1, 200).mean().item(),
-                integrated=dgs(noise, V, d))
-    print("DGS without rescaling, by Algorithm 2 on random embeddings | competitors integrated out")
-    for name, row in start.items():
-        print(f"{name:32s} {row['algorithm_2']:.3f} | {row['integrated']:.3f}")
-    print(f"\n{'schedule':8s} {'V':>6} {'d':>4} {'DGS_MAX':>8} {'paper':>6} {'ours':>6} {'F':>7} "
-          f"{'dense grid':>11}")
-    for schedule, V, d, dgs_max, rescaling, paper in cells[cfg.table]:
-        found, dense = (search_factor(schedule, dgs_max, V, d, rescaling, cfg.T, dense)
-                        for dense in (False, True))
-        rows.append(dict(schedule=schedule, vocab=V, embed_dim=d, dgs_max=dgs_max, paper=paper,
-                         rescaling=rescaling, ours=round(2 * found) / 2, factor=round(found, 3),
-                         dense=round(dense, 3)))
-        print(f"{schedule:8s} {V:6d} {d:4d} {dgs_max:8g} {'-' if paper is None else paper:>6} "
-              f"{rows[-1]['ours']:6g} {found:7.2f} {dense:11.2f}")
-    if cfg.table:
-        steps = Counter(abs(row["ours"] - row["paper"]) / 0.5 for row in rows)
-        print(f"{steps[0]} of {len(rows)} cells are the paper's, {steps[1]} are one step of .5 off")
-    if cfg.save:
-        common.write_json(Path(cfg.save), dict(table=cfg.table, dgs=start, cells=rows,
-                                               **common.environment(common.setup(cfg))))
+def print_dgs(cfg: Config) -> None:
+    """DGS of a schedule, F for dgs_max, and F if time were averaged without gaps."""
+    V, d, plain = cfg.vocab, cfg.embed_dim, Noise(cfg.schedule, 1.0, "plain", cfg.T)
+    table = torch.randn(V, d, generator=torch.Generator().manual_seed(cfg.seed))
+    sampled = dgs_monte_carlo(*plain.at(grid(cfg.T)), table, tokens=200).mean().item()
+    print(f"{cfg.schedule}, V = {V:,}, d = {d}, without rescaling: DGS {sampled:.3f} "
+          f"(Algorithm 2), {dgs(plain, V, d):.3f} (competitors integrated out)")
+    found, dense = (search_factor(cfg.schedule, cfg.dgs_max, V, d, cfg.rescaling, cfg.T, dense)
+                    for dense in (False, True))
+    print(f"DGS_MAX {cfg.dgs_max:g}, {cfg.rescaling}: F = {found:.2f}, to the nearest .5 "
+          f"{round(2 * found) / 2:g}; over a dense grid of times {dense:.2f}")
 
 
 def bench(cfg: Config, place: common.Setup) -> None:
@@ -886,7 +855,7 @@ def main(argv: list[str] | None = None) -> None:
     elif cfg.mode == "bench":
         bench(cfg, place)
     elif cfg.mode == "dgs":
-        search_factors(cfg)
+        print_dgs(cfg)
     else:
         model, data, step = load_run(cfg, place)
         if cfg.mode == "eval":

@@ -36,4 +36,4 @@ for K in 1 10 20; do
     decode "K$K-alone" --K "$K" --early_stop 0 --sample_batch 1 --eval_sequences 50
 done
 decode K2000-alone --K 2000 --early_stop 0 --sample_batch 1 --eval_sequences 3
-grep -h '"value"' -B1 "$OUT"/main.json
+grep -h -A1 bleu "$OUT"/*.json

@@ -1,11 +1,15 @@
 """difformer.py: schedules, degeneration, loss, decoding and whole runs on pairs of sentences."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ import torch
 import common
 import data
 import difformer
+import difformer_factors
 import eval as metrics
 from common import RunError
 from data import PairData
@@ -116,7 +121,7 @@ def test_search_reproduces_table_19(schedule, dgs_max, V, factor):
     found = difformer.search_factor(schedule, dgs_max, V, 128)
     if factor:
         assert found == pytest.approx(factor, rel=0.02)
-    cell = difformer.TABLE_19[schedule][dgs_max][(10_000, 20_000, 40_000).index(V)]
+    cell = difformer_factors.TABLE_19[schedule][dgs_max][(10_000, 20_000, 40_000).index(V)]
     assert abs(round(2 * found) / 2 - cell) <= (0.5 if factor else 0)
 
 
@@ -138,25 +143,26 @@ def test_dgs_of_table_2_and_by_monte_carlo():
     assert torch.allclose(sampled, difformer.dgs_at(a, s, 300, 64), atol=0.04)
 
 
-def test_dgs_mode_prints_tables_and_saves_them(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(difformer, "search_factor", lambda s, m, V, d, r, T, dense: (
+def test_the_papers_tables_beside_ours(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(difformer_factors, "search_factor", lambda s, m, V, d, r, T, dense: (
         9.0 if dense else {0.05: 9.4, 0.15: 4.2, 0.5: 3.2}[m]) if r == "vp" else d / 32)
-    for number, result in ((17, "1 of 3 cells are the paper's, 1 are one step of .5 off"),
-                           (14, "1 of 4 cells are the paper's, 1 are one step of .5 off")):
-        file = tmp_path / f"{number}.json"
-        difformer.main(["--mode", "dgs", "--table", str(number), "--save", str(file), "--device",
-                        "cpu"])
-        assert result in capsys.readouterr().out
-    cells = json.loads((tmp_path / "17.json").read_text())["cells"]
+    file = tmp_path / "t.json"
+    difformer_factors.main(["--tables", "17", "14", "--save", str(file)])
+    printed = capsys.readouterr().out
+    assert "1 of 3 cells are the paper's, 1 are one step of .5 off" in printed
+    assert "1 of 4 cells are the paper's, 1 are one step of .5 off" in printed
+    cells = json.loads(file.read_text())["table_17"]
     assert [(c["ours"], c["paper"], c["dense"]) for c in cells] == [(9.5, 9.5, 9), (4, 4.5, 9),
                                                                     (3, 2, 9)]
+    assert len(difformer_factors.CELLS[19]) == 51
 
 
-def test_dgs_mode_by_flags(capsys):
+def test_dgs_mode(capsys):
     difformer.main("--mode dgs --schedule sqrt --vocab 10000 --embed_dim 128".split())
-    row = capsys.readouterr().out.splitlines()[-1].split()
-    assert row[:6] == ["sqrt", "10000", "128", "0.15", "-", "4"]
-    assert float(row[7]) < float(row[6]) - 0.05  # the published factors come from a coarse grid
+    printed = capsys.readouterr().out
+    found, dense = (float(re.search(rf"{word} (\d+\.\d+)", printed)[1])
+                    for word in ("F =", "times"))
+    assert "to the nearest .5 4;" in printed and dense < found - 0.05  # it depends on the grid
 
 
 def test_anisotropy():
@@ -200,6 +206,49 @@ def test_padding_changes_nobody_elses_output(model):
                               out[2, 5], atol=1e-5)
 
 
+def test_the_network_is_pytorchs_transformer(model):
+    """Encoder, decoder and their inputs, with the layers of torch.nn in place of ours."""
+    net, d = model.net.eval(), 16
+
+    def copy(theirs, ours):
+        theirs.in_proj_weight.data = torch.cat([ours.q.weight, ours.kv.weight])
+        theirs.in_proj_bias.data = torch.cat([ours.q.bias, ours.kv.bias])
+        theirs.out_proj.load_state_dict(ours.out.state_dict())
+
+    def layer(kind, block):
+        theirs = kind(d, 2, 16, dropout=0.0, batch_first=True).eval()
+        copy(theirs.self_attn, block.attention)
+        norms = [block.norm1, block.norm3]
+        if kind is torch.nn.TransformerDecoderLayer:
+            copy(theirs.multihead_attn, block.cross)
+            norms.insert(1, block.norm2)
+        for number, norm in enumerate(norms, 1):
+            getattr(theirs, f"norm{number}").load_state_dict(norm.state_dict())
+        theirs.linear1.load_state_dict(block.mlp[0].state_dict())
+        theirs.linear2.load_state_dict(block.mlp[2].state_dict())
+        return theirs
+
+    for p in net.parameters():  # biases and norms differ from their start
+        p.data += 0.1 * torch.randn_like(p)
+    x, y, _, eps = batch(model)
+    memory, memory_real, length_logits = model.encode(x)
+    h = net.source_norm(net.source_in(model.embed(x) * 8**0.5) + net.source_place.weight[:6])
+    h = layer(torch.nn.TransformerEncoderLayer, net.encoder[0])(h, src_key_padding_mask=x == 0)
+    assert torch.allclose(memory[x > 0], h[x > 0], atol=1e-5)
+    means = torch.stack([row[ids > 0].mean(0) for row, ids in zip(h, x)])
+    assert torch.allclose(length_logits, net.length_head(means), atol=1e-5)
+
+    index, previous = torch.tensor([0, 700, 1500, 1999]), torch.randn(4, 8, 8)
+    found = model.denoise(eps, index, previous, y > 0, memory, memory_real)
+    angles = torch.tensor([[i / 2 * 1e4 ** (-k / 8) for k in range(8)] for i in index.tolist()])
+    t = net.time(torch.cat([angles.cos(), angles.sin()], -1))
+    both = torch.cat([net.target_in(eps), net.target_in(previous)], -1)
+    h = net.target_norm(net.previous(both) + t[:, None] + net.target_place.weight[:8])
+    h = layer(torch.nn.TransformerDecoderLayer, net.decoder[0])(
+        h, memory, tgt_key_padding_mask=y == 0, memory_key_padding_mask=x == 0)
+    assert torch.allclose(found[y > 0], net.out(h)[y > 0], atol=1e-4)
+
+
 def test_self_conditioning_passes_no_gradient(model, monkeypatch):
     x, y, u, eps = batch(model)
     seen = []
@@ -235,18 +284,16 @@ def test_losses_by_hand(model):
     expected = -logits.log_softmax(-1)[range(4), classes].sum()
     assert length_loss.item() == pytest.approx(expected.item(), rel=1e-5)
     model.cfg.loss = "none"
-    assert model(x, y, u, eps, False)[0].item() == pytest.approx(mse.item(), rel=1e-5)
+    loss = model(x, y, u, eps, False)[0]
+    assert loss.item() == pytest.approx(mse.item(), rel=1e-5)
+    # Gradients reach the embeddings from both sides of the squared error, and through z_t.
+    ours, by_hand = (torch.autograd.grad(value, model.embed.weight, retain_graph=True)[0]
+                     for value in (loss, mse))
+    assert torch.allclose(ours, by_hand, atol=1e-5)
     model.cfg.loss = "rounding"
     log_p = (z0 @ model.embed.weight.T).log_softmax(-1)[real]
     ce = -(0.9 * log_p.gather(-1, y[real][:, None]).sum() + 0.1 * log_p.mean(-1).sum())
     assert model(x, y, u, eps, False)[0].item() == pytest.approx((mse + ce).item(), rel=1e-5)
-
-
-def test_gradients_reach_the_embeddings_from_both_sides(model):
-    x, y, u, eps = batch(model)
-    model.cfg.loss = "none"
-    model(x, y, u, eps, False)[0].backward()
-    assert model.embed.weight.grad[y[2]].abs().sum() > 0
 
 
 def test_frozen_embeddings(tmp_path):
@@ -280,6 +327,36 @@ def test_a_perfect_denoiser_is_found_and_padding_stays(model):
     assert len(history) == 15 and all(h.tolist() == [[1, 5, 7, 0]] for h in history)
 
 
+@pytest.mark.parametrize("clamp", [False, True])
+def test_sampling_follows_the_posterior(model, clamp):
+    """Each call sees the step, its last estimate and a z drawn from q(z_s | z_t, z0hat)."""
+    real = torch.ones(2, 3, dtype=torch.bool)
+    estimates = torch.randn(4, 2, 3, 8, generator=torch.Generator().manual_seed(5))
+    seen = []
+    model.denoise = lambda z, index, previous, *_: (
+        seen.append((z, index.tolist(), previous)), estimates[len(seen) - 1])[1]
+    tokens = list(difformer.denoise(model, None, None, real, 5, 1, clamp,
+                                    torch.Generator().manual_seed(3)))
+    steps = [1999, 1499, 1000, 500, 0]
+    assert [index for _, index, _ in seen] == [[s, s] for s in steps[:4]]
+    assert not seen[0][2].any()
+    assert all(torch.equal(seen[i + 1][2], estimates[i]) for i in range(3))
+    rng = torch.Generator().manual_seed(3)
+    z, bar = torch.randn(2, 3, 8, generator=rng), model.noise.signal**2
+    assert torch.equal(seen[0][0], z)
+    for i in range(3):
+        ids = (estimates[i] @ model.embed.weight.T).argmax(-1)
+        assert torch.equal(tokens[i], ids)
+        z0 = model.z0(ids) if clamp else estimates[i]
+        now, then = bar[steps[i]], bar[steps[i + 1]]
+        alpha = now / then  # of the steps between; the posterior as in appendix B
+        mean = (then.sqrt() * (1 - alpha) * z0 + alpha.sqrt() * (1 - then) * z) / (1 - now)
+        deviation = ((1 - then) / (1 - now) * (1 - alpha)).sqrt()
+        z = mean + deviation * torch.randn(2, 3, 8, generator=rng)
+        assert torch.allclose(seen[i + 1][0], z.float(), atol=1e-4)
+        z = seen[i + 1][0]
+
+
 def pair_data(texts, length=16):
     codec = data.BPECodec(data.learn_bpe([t for pair in texts for t in pair], 260))
     train = tuple(data.Sentences.encode(side, codec) for side in zip(*texts))
@@ -295,21 +372,43 @@ def test_hard_input_is_translated_line_by_line(capsys):
     rows = list(difformer.translate(model, sources, pairs, cfg, PLACE))
     assert [r["source"] for r in rows] == sources and rows[1]["text"] == ""
     assert "cut to --max_length 16" in capsys.readouterr().err
+    long = pairs.rows(["a " * 1000, "b"])
+    assert long.shape == (2, 16) and long[0, -1] == 2 and (long[0, :-1] != 2).all()
 
 
 @pytest.mark.parametrize("wanted", [0, 5, 14])
 def test_the_length_is_predicted_or_given(wanted):
+    """Around the prediction by the length beam, each length with the noise beam's draws."""
     pairs = pair_data([("a b", "b a")])
-    cfg = Config(**SMALL, K=1, length_beam=1, noise_beam=1, length=wanted)
+    cfg = Config(**SMALL, K=1, length_beam=3, noise_beam=2, length=wanted)
     model = Difformer(cfg, pairs.vocab_size)
     with torch.no_grad():
         model.net.length_head.bias[128 + 2] = 100.0  # two more than the source
     seen = []
-    model.denoise = lambda z, i, p, real, *_: (seen.append(real.sum(1).tolist()),
-                                               torch.zeros_like(z))[1]
-    list(difformer.translate(model, ["a b a", "a"], pairs, cfg, PLACE))
+    model.denoise = lambda z, i, p, real, memory, memory_real: (
+        seen.append((real.sum(1).tolist(), memory, memory_real)), torch.zeros_like(z))[1]
+    rows = list(difformer.translate(model, ["a b a", "a"], pairs, cfg, PLACE))
+    [(lengths, memory, memory_real)] = seen
     predicted = [len(pairs.encode(text)) + 2 for text in ("a b a", "a")]
-    assert seen == [[wanted + 2] * 2 if wanted else predicted]
+    around = [p + k for p in predicted for k in (-1, -1, 0, 0, 1, 1)]
+    assert lengths == ([wanted + 2] * 12 if wanted else around)
+    assert memory_real.sum(1).tolist() == [predicted[0] - 2] * 6 + [predicted[1] - 2] * 6
+    assert torch.equal(memory[0], memory[5]) and not torch.equal(memory[5], memory[6])
+    assert all(len(row["candidates"]) == 6 for row in rows)
+
+
+def test_impossible_decoding_is_refused(model):
+    pairs = pair_data([("a b", "b a")])
+    for wrong in (dict(length=15), dict(K=2001)):
+        with pytest.raises(RunError, match="--length is at most 14 and --K at most 2000"):
+            next(difformer.translate(model, ["a"], pairs, Config(**SMALL, **wrong), PLACE))
+
+
+def test_logits_are_float32_under_autocast(model):
+    z = model.z0(torch.arange(20))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(z)
+    assert torch.equal(logits, z @ model.embed.weight.T)
 
 
 # ------------------------------------------------------------------------- whole runs
@@ -333,6 +432,137 @@ def test_resume_is_exact_and_a_run_leaves_everything(run, capsys):
         run(9, "--loss", "none")
     metrics.main([str(a), "--device", "cpu"])
     assert "exact, %" in capsys.readouterr().out
+
+
+def test_the_gradient_is_that_of_the_global_batch(model):
+    """Per token of all ranks, .1 of the length loss per pair of all ranks, times the ranks that
+    DDP divides by; parts add up."""
+    x, y, u, eps = batch(model)
+    cfg = Config(**SMALL, clip=1e6)
+
+    def gradient(batches, world=1):
+        kept = []
+        optimizer = types.SimpleNamespace(
+            param_groups=[{}], zero_grad=lambda set_to_none: model.zero_grad(set_to_none),
+            step=lambda: kept.append([p.grad.clone() for p in model.parameters()]))
+        place = dataclasses.replace(PLACE, world=world)
+        ema = types.SimpleNamespace(update=lambda: None)
+        model.no_sync = contextlib.nullcontext
+        stats = difformer.train_step(model, model, optimizer, ema, cfg, 50, batches, 40, 300, place)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4 * 51 / 10_000)
+        return kept[0], stats
+
+    loss, length_loss, expected = model(x, y, u, eps, False)
+    by_hand = torch.autograd.grad(loss / 300 + 0.1 * length_loss / 40, list(model.parameters()))
+    parts = [tuple(v[i:i + 2] for v in (x, y, u, eps)) + (False,) for i in (0, 2)]
+    for batches, world in (([(x, y, u, eps, False)], 1), (parts, 1), (parts, 3)):
+        found, stats = gradient(batches, world)
+        for a, b in zip(found, by_hand):
+            assert torch.allclose(a, world * b, atol=1e-5 * world)
+        assert torch.allclose(stats, expected, rtol=1e-4)
+
+
+def test_reports_use_the_averaged_weights(run, monkeypatch):
+    inner, seen = difformer.evaluate, []
+
+    def spy(model, *rest):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return inner(model, *rest)
+    monkeypatch.setattr(difformer, "evaluate", spy)
+    out = run(3)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(v, state["ema"]["params"][k]) for k, v in seen[0].items())
+    assert not torch.equal(seen[0]["embed.weight"], state["model"]["embed.weight"])
+
+
+def test_ctrl_c_saves_and_the_same_command_resumes(run, monkeypatch, capsys):
+    inner = difformer.train_step
+
+    def interrupted(net, model, optimizer, ema, cfg, step, *rest):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner(net, model, optimizer, ema, cfg, step, *rest)
+    monkeypatch.setattr(difformer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(8, out="a")
+    assert "stopped at step 5, saved: the same command resumes" in capsys.readouterr().out
+    monkeypatch.setattr(difformer, "train_step", inner)
+    a, b = run(8, out="a"), run(8, out="b")
+    assert losses(a)[8] == losses(b)[8]
+    assert (a / "result.json").exists()
+
+
+def test_a_nan_loss_ends_the_run_and_keeps_the_good_state(run, monkeypatch):
+    inner = difformer.train_step
+
+    def broken(net, model, optimizer, ema, cfg, step, *rest):
+        stats = inner(net, model, optimizer, ema, cfg, step, *rest)
+        return stats * math.nan if step == 4 else stats
+    monkeypatch.setattr(difformer, "train_step", broken)
+    with pytest.raises(RunError, match="loss is nan between steps 4 and 6.*earlier, good state"):
+        run(8)
+    with pytest.raises(RunError, match="is nan between steps 4 and 5.*Nothing was saved yet"):
+        run(5, "--save_every", "100", out="b")
+
+
+def test_other_training_text_is_refused_on_resume(run, tmp_path):
+    sides = [tmp_path / "source", tmp_path / "target"]
+    for side in sides:
+        side.write_text(f"eins {side.name}\nzwei {side.name}\n" * 9)
+    files = ["--dataset", "files", "--train", *map(str, sides)]
+    run(2, *files)
+    run(3, *files)
+    sides[0].write_text("drei vier\n" * 18)
+    with pytest.raises(RunError, match="not the one that .* learned its tokens from"):
+        run(4, *files)
+
+
+def test_eval_mode_writes_its_figures_and_settings(run, tmp_path):
+    out = run(2)
+    file = tmp_path / "figures.json"
+    flags = ["--device", "cpu", "--out", str(out), "--split", "test", "--eval_sequences", "2"]
+    difformer.main(["--mode", "eval", *flags, "--K", "3", "--save", str(file)])
+    result = json.loads(file.read_text())
+    assert result["config"]["K"] == 3 and result["split"] == "test" and result["step"] == 2
+    assert {"exact", "bleu", "speed", "anisotropy"} <= set(result["figures"])
+    rows = [json.loads(r) for r in (out / "translations-test.jsonl").read_text().splitlines()]
+    pairs = data.number_pairs(99)["test"][:2]
+    assert [(r["source"], r["reference"]) for r in rows] == pairs
+    assert all(len(r["candidates"]) == 2 for r in rows)
+    difformer.main(["--mode", "eval", *flags])
+    assert json.loads((out / "eval.json").read_text())["config"]["K"] == 4  # the run's
+
+
+def test_too_few_pairs_for_the_processes(run, monkeypatch):
+    setup = common.setup
+    monkeypatch.setattr(common, "setup", lambda cfg: dataclasses.replace(setup(cfg), world=16))
+    with pytest.raises(RunError, match="too few for 16 processes"):
+        run(2)
+
+
+def test_parts_of_all_ranks_make_the_batch():
+    """Ranks and micro-batches divide the rows and their noise without loss."""
+    cfg = Config(dataset="numbers", max_number=99, vocab=300, max_length=32, batch_tokens=512)
+    pairs = data.load_pairs("numbers", length=32, vocab=300, max_number=99)
+    [whole], n, tokens = difformer.load_step(cfg, pairs, 3, PLACE)
+    assert n == len(whole[0]) == len(whole[2]) and tokens == (whole[1] > 0).sum()
+    cfg.micro_tokens = 100
+    found = []
+    for rank in range(2):
+        place = dataclasses.replace(PLACE, rank=rank, world=2)
+        batches, *sizes = difformer.load_step(cfg, pairs, 3, place)
+        assert sizes == [n, tokens] and len(batches) == 3 and all(b[4] == whole[4] for b in batches)
+        assert all(b[0].shape[1] == whole[0].shape[1] for b in batches)
+        found += batches
+    for i in range(4):
+        rows = torch.cat([b[i].flatten(1) if b[i].dim() > 1 else b[i][:, None] for b in found])
+        expected = whole[i].flatten(1) if whole[i].dim() > 1 else whole[i][:, None]
+        assert sorted(rows.tolist()) == sorted(expected.tolist())
+    cfg.micro_tokens = 512
+    [other], *_ = difformer.load_step(cfg, pairs, 4, PLACE)
+    assert whole[2][0] != other[2][0] and not torch.equal(whole[3][0, 0], other[3][0, 0])
+    kinds = [difformer.load_step(cfg, pairs, step, PLACE)[0][0][4] for step in range(40)]
+    assert 10 < sum(kinds) < 30  # half of the steps estimate twice
 
 
 def test_micro_batches_change_nothing(run):

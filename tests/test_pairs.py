@@ -2,15 +2,21 @@
 
 import gzip
 import io
+import itertools
 import json
 import math
+import sys
 import tarfile
+import types
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 
 import data
+import eval as metrics
+from common import RunError
 from data import DataError, load_pairs
 
 
@@ -296,6 +302,8 @@ def test_bleu_gives_the_published_examples():
     assert data.bleu([["a", "b"]], [[["a", "b", "c", "d"]]]) == 0
     smooth = data.bleu([["a", "b"]], [[["a", "b", "c", "d"]]], smooth=True)
     assert smooth == pytest.approx(math.exp(1 - 4 / 2))
+    smooth = data.bleu([list("abcde")], [[list("abcdf")]], smooth=True)
+    assert smooth == pytest.approx((4 / 5 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
 
 
 def test_tokeniser_and_figures():
@@ -307,3 +315,88 @@ def test_tokeniser_and_figures():
     assert figures["exact"]["value"] == 50 and figures["bleu"]["value"] == pytest.approx(100)
 
 
+
+
+# ------------------------------------------------------------------------- eval.py
+
+
+def test_rouge_gives_the_published_examples():
+    """rouge_score's documentation and Lin's paper (2004)."""
+    one, two, longest = metrics.rouge("The quick brown dog jumps on the log.",
+                                      "The quick brown fox jumps over the lazy dog")
+    p, r = 6 / 8, 6 / 9
+    assert one == pytest.approx(2 * p * r / (p + r)) and two == pytest.approx(2 * 2 / (7 + 8))
+    p, r = 5 / 8, 5 / 9
+    assert longest == pytest.approx(2 * p * r / (p + r))
+    reference = "police killed the gunman"
+    assert metrics.rouge("police kill the gunman", reference) == pytest.approx((3/4, 1/3, 3/4))
+    assert metrics.rouge("the gunman kill police", reference) == pytest.approx((3/4, 1/3, 2/4))
+    assert metrics.rouge("", "a") == metrics.rouge("b", "a") == metrics.rouge("b", "") == (0, 0, 0)
+
+
+def test_common_subsequence_by_enumeration():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = (rng.integers(0, 3, n).tolist() for n in rng.integers(0, 8, 2))
+        subsequences = [{tuple(x for x, keep in zip(s, mask) if keep)
+                         for mask in itertools.product((0, 1), repeat=len(s))} for s in (a, b)]
+        assert metrics.common_subsequence(a, b) == max(map(len, set.intersection(*subsequences)))
+
+
+def test_diversity_counts_distinct_four_grams():
+    assert metrics.diversity(["a b c d e", "a b c d f"]) == 3 / 4
+    assert metrics.diversity(["a b c d"] * 5) == 1 / 5
+    assert metrics.diversity(["a b c", "d"]) is None
+
+
+ROWS = [dict(source="x", text="a b c d e", reference="a b c d e",
+             candidates=["a b c d e", "a b c d f"]),
+        dict(source="y", text="F g h", reference="f g h i", candidates=["F g h", "f g h i j"])]
+
+
+def test_all_figures_of_translations(tmp_path, capsys):
+    figures = metrics.translation_figures(ROWS)
+    assert figures["exact"]["value"] == 50
+    assert figures["rouge1"]["value"] == pytest.approx(100 * (1 + 6 / 7) / 2)
+    assert figures["div4"]["value"] == pytest.approx((3 / 4 + 1) / 2)
+    assert 0 < figures["bleu"]["value"] < 100
+    file = tmp_path / "translations.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    metrics.main([str(file)])
+    printed = capsys.readouterr().out
+    assert "rougeL, F1" in printed and "div4, per source" in printed and "50.0000" in printed
+
+
+def test_packages_with_models(monkeypatch):
+    for name, install in (("bertscore", "pip install bert-score"),
+                          ("comet", "pip install unbabel-comet")):
+        monkeypatch.setitem(sys.modules, "bert_score", None)
+        monkeypatch.setitem(sys.modules, "comet", None)
+        with pytest.raises(RunError, match=install):
+            metrics.translation_figures(ROWS, [name])
+
+    def score(texts, references, model_type):
+        assert texts == ["a b c d e", "F g h"] and references == ["a b c d e", "f g h i"]
+        return None, None, torch.tensor([0.5, 1.0])
+    monkeypatch.setitem(sys.modules, "bert_score", types.SimpleNamespace(score=score))
+
+    class Model:
+        def predict(self, triples, batch_size, gpus):
+            assert triples[1] == dict(src="y", mt="F g h", ref="f g h i")
+            return types.SimpleNamespace(system_score=0.8)
+    monkeypatch.setitem(sys.modules, "comet", types.SimpleNamespace(
+        download_model=str, load_from_checkpoint=lambda name: Model()))
+    figures = metrics.translation_figures(ROWS, ["bertscore", "comet"])
+    assert figures["bertscore"]["value"] == 75 and figures["comet"]["value"] == 0.8
+    with pytest.raises(RunError, match='each translation.s "source"'):
+        metrics.comet([dict(text="a", reference="b")])
+
+
+def test_sacrebleu_agrees_where_it_is_installed():
+    package = pytest.importorskip("sacrebleu")
+    lines = ['"Hi," he said: 3.5%-off...', "It is a guide to action.", "the cat sat on the mat, ok"]
+    rows = [dict(text=a, reference=b) for a, b in zip(lines, lines[:2] + ["a cat sat on the mat"])]
+    ours = data.bleu([data.tokenise_13a(r["text"]) for r in rows],
+                     [[data.tokenise_13a(r["reference"])] for r in rows])
+    assert metrics.sacrebleu(rows)["sacrebleu"]["value"] == pytest.approx(100 * ours)
+    assert package.__version__ in metrics.sacrebleu(rows)["sacrebleu"]["unit"]
