@@ -177,7 +177,7 @@ PRESETS: dict[str, dict] = {
     "text8": dict(dim=768, depth=12, heads=12, batch_size=512, micro_batch=256, steps=343_000,
                   lr=3e-4, warmup=2500, beta2=0.999, weight_decay=0.0, samples=4),  # B.2
     "english27": dict(dim=768, depth=12, heads=12, dropout=0.0, batch_size=256, micro_batch=256,
-                      steps=5000, lr=6e-4, lr_schedule="cosine", warmup=300, beta2=0.99,
+                      steps=6250, lr=6e-4, lr_schedule="cosine", warmup=300, beta2=0.99,
                       weight_decay=0.0, ema=0.999, samples=4, log_every=100, sample_batch=256),
     "path": _SMALL_TEXT,
     # translation (B.3): Difformer's networks, optimiser and batches

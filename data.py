@@ -47,6 +47,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 
@@ -1767,185 +1770,186 @@ def read_integers(path: Path) -> np.ndarray:
 # ---------------------------------------------------------------- VQGAN: photographs as tokens
 
 
-@functools.cache
-def vqgan_class() -> type:
-    """The class VQGAN. Made when first asked for, because nothing else in this file needs torch."""
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor, nn
+def group_norm(c: int) -> nn.Module:
+    return nn.GroupNorm(32, c, eps=1e-6)
 
-    def norm(c: int) -> nn.Module:
-        return nn.GroupNorm(32, c, eps=1e-6)
 
-    class Residual(nn.Module):
-        def __init__(self, c_in: int, c: int):
-            super().__init__()
-            self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c, 3, padding=1)
-            self.norm2, self.conv2 = norm(c), nn.Conv2d(c, c, 3, padding=1)
-            if c_in != c:
-                self.nin_shortcut = nn.Conv2d(c_in, c, 1)
+class VQResidual(nn.Module):
+    def __init__(self, c_in: int, c: int):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c), nn.Conv2d(c, c, 3, padding=1)
+        if c_in != c:
+            self.nin_shortcut = nn.Conv2d(c_in, c, 1)
 
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.conv1(F.silu(self.norm1(x)))
-            h = self.conv2(F.silu(self.norm2(h)))
-            return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
-    class Attention(nn.Module):
-        """One head over all places."""
 
-        def __init__(self, c: int):
-            super().__init__()
-            self.norm = norm(c)
-            self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+class VQAttention(nn.Module):
+    """One head over all places."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.norm(x)
-            q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))
-            h = F.scaled_dot_product_attention(q, k, v)           # (B, 1, H W, c)
-            return x + self.proj_out(h[:, 0].mT.reshape(x.shape))
+    def __init__(self, c: int):
+        super().__init__()
+        self.norm = group_norm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
-    class Downsample(nn.Module):
-        def __init__(self, c: int):
-            super().__init__()
-            self.conv = nn.Conv2d(c, c, 3, stride=2)
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)           # (B, 1, H W, c)
+        return x + self.proj_out(h[:, 0].mT.reshape(x.shape))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(F.pad(x, (0, 1, 0, 1)))              # one more on the right and below
 
-    class Upsample(nn.Module):
-        def __init__(self, c: int):
-            super().__init__()
-            self.conv = nn.Conv2d(c, c, 3, padding=1)
+class VQDownsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))              # one more on the right and below
 
-    class Level(nn.Module):
-        """The blocks of one resolution, each followed by attention if the level has it."""
 
-        def __init__(self, c_in: int, c: int, blocks: int, attention: bool, resize: dict):
-            super().__init__()
-            self.block = nn.ModuleList(Residual(c if j else c_in, c) for j in range(blocks))
-            self.attn = nn.ModuleList(Attention(c) for _ in range(blocks * attention))
-            for name, module in resize.items():
-                self.add_module(name, module)
+class VQUpsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-        def forward(self, x: Tensor) -> Tensor:
-            for j, block in enumerate(self.block):
-                x = block(x)
-                x = self.attn[j](x) if len(self.attn) else x
-            for resize in ("downsample", "upsample"):
-                x = getattr(self, resize)(x) if hasattr(self, resize) else x
-            return x
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-    class Middle(nn.Module):
-        def __init__(self, c: int):
-            super().__init__()
-            self.block_1, self.attn_1, self.block_2 = Residual(c, c), Attention(c), Residual(c, c)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.block_2(self.attn_1(self.block_1(x)))
+class VQLevel(nn.Module):
+    """The blocks of one resolution, each followed by attention if the level has it."""
 
-    class Encoder(nn.Module):
-        def __init__(self, widths: list[int], first: int, blocks: int, attention: Sequence[int],
-                     c_in: int, c_out: int):
-            super().__init__()
-            top, c = len(widths) - 1, widths[-1]
-            self.conv_in = nn.Conv2d(c_in, first, 3, padding=1)
-            self.down = nn.ModuleList(
-                Level(widths[i - 1] if i else first, w, blocks, i in attention,
-                      {"downsample": Downsample(w)} if i < top else {})
-                for i, w in enumerate(widths))
-            self.mid = Middle(c)
-            self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, c_out, 3, padding=1)
+    def __init__(self, c_in: int, c: int, blocks: int, attention: bool, resize: dict):
+        super().__init__()
+        self.block = nn.ModuleList(VQResidual(c if j else c_in, c) for j in range(blocks))
+        self.attn = nn.ModuleList(VQAttention(c) for _ in range(blocks * attention))
+        for name, module in resize.items():
+            self.add_module(name, module)
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.conv_in(x)
-            for level in self.down:
-                x = level(x)
-            return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+    def forward(self, x: Tensor) -> Tensor:
+        for j, block in enumerate(self.block):
+            x = block(x)
+            x = self.attn[j](x) if len(self.attn) else x
+        for resize in ("downsample", "upsample"):
+            x = getattr(self, resize)(x) if hasattr(self, resize) else x
+        return x
 
-    class Decoder(nn.Module):
-        """Levels are numbered as the encoder's: the last one comes first."""
 
-        def __init__(self, widths: list[int], blocks: int, attention: Sequence[int], c_in: int,
-                     c_out: int):
-            super().__init__()
-            top, c = len(widths) - 1, widths[-1]
-            self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
-            self.mid = Middle(c)
-            self.up = nn.ModuleList(
-                Level(widths[min(i + 1, top)], w, blocks + 1, i in attention,
-                      {"upsample": Upsample(w)} if i else {})
-                for i, w in enumerate(widths))
-            self.norm_out = norm(widths[0])
-            self.conv_out = nn.Conv2d(widths[0], c_out, 3, padding=1)
+class VQMiddle(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = VQResidual(c, c), VQAttention(c), VQResidual(c, c)
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.mid(self.conv_in(x))
-            for level in reversed(self.up):
-                x = level(x)
-            return self.conv_out(F.silu(self.norm_out(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
 
-    class Quantizer(nn.Module):
-        def __init__(self, codes: int, d: int):
-            super().__init__()
-            self.embedding = nn.Embedding(codes, d)
-            nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
 
-        def forward(self, z: Tensor) -> Tensor:
-            """The nearest code to each vector: (B, d, h, w) to (B, h, w) int64."""
-            e = self.embedding.weight                             # (V, d)
-            z = z.movedim(1, -1)
-            return (e.square().sum(-1) - 2 * z @ e.T).argmin(-1)  # |z|^2 is the same for all
+class VQEncoder(nn.Module):
+    def __init__(self, widths: list[int], first: int, blocks: int, attention: Sequence[int],
+                 c_in: int, c_out: int):
+        super().__init__()
+        top, c = len(widths) - 1, widths[-1]
+        self.conv_in = nn.Conv2d(c_in, first, 3, padding=1)
+        self.down = nn.ModuleList(
+            VQLevel(widths[i - 1] if i else first, w, blocks, i in attention,
+                  {"downsample": VQDownsample(w)} if i < top else {})
+            for i, w in enumerate(widths))
+        self.mid = VQMiddle(c)
+        self.norm_out, self.conv_out = group_norm(c), nn.Conv2d(c, c_out, 3, padding=1)
 
-    class VQGAN(nn.Module):
-        """Images (B, C, H, W) in [-1, 1] <-> codes (B, H / f, W / f), f = 2^(levels - 1).
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
-        Esser et al. 2021, with the names of taming-transformers' public checkpoints. The defaults
-        are f16-1024's: 72.1M parameters, 256 x 256 pixels in 16 x 16 codes. `attention` lists the
-        levels that have it; channels must be multiples of 32.
+
+class VQDecoder(nn.Module):
+    """Levels are numbered as the encoder's: the last one comes first."""
+
+    def __init__(self, widths: list[int], blocks: int, attention: Sequence[int], c_in: int,
+                 c_out: int):
+        super().__init__()
+        top, c = len(widths) - 1, widths[-1]
+        self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
+        self.mid = VQMiddle(c)
+        self.up = nn.ModuleList(
+            VQLevel(widths[min(i + 1, top)], w, blocks + 1, i in attention,
+                  {"upsample": VQUpsample(w)} if i else {})
+            for i, w in enumerate(widths))
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], c_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VQQuantizer(nn.Module):
+    def __init__(self, codes: int, d: int):
+        super().__init__()
+        self.embedding = nn.Embedding(codes, d)
+        nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The nearest code to each vector: (B, d, h, w) to (B, h, w) int64."""
+        e = self.embedding.weight                             # (V, d)
+        z = z.movedim(1, -1)
+        return (e.square().sum(-1) - 2 * z @ e.T).argmin(-1)  # |z|^2 is the same for all
+
+
+class VQGAN(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] <-> codes (B, H / f, W / f), f = 2^(levels - 1).
+
+    Esser et al. 2021, with the names of taming-transformers' public checkpoints. The defaults
+    are f16-1024's: 72.1M parameters, 256 x 256 pixels in 16 x 16 codes. `attention` lists the
+    levels that have it; channels must be multiples of 32.
+    """
+
+    def __init__(self, channels: int = 128, multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+                 blocks: int = 2, attention: Sequence[int] = (4,), z_channels: int = 256,
+                 embedding: int = 256, codes: int = 1024, in_channels: int = 3):
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        self.factor = 2 ** (len(widths) - 1)
+        self.encoder = VQEncoder(widths, channels, blocks, attention, in_channels, z_channels)
+        self.decoder = VQDecoder(widths, blocks, attention, z_channels, in_channels)
+        self.quantize = VQQuantizer(codes, embedding)
+        self.quant_conv = nn.Conv2d(z_channels, embedding, 1)
+        self.post_quant_conv = nn.Conv2d(embedding, z_channels, 1)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.quantize.embedding.weight)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] to codes (B, H / f, W / f) int64."""
+        return self.quantize(self.quant_conv(self.encoder(x)))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, h, w) to images (B, C, h f, w f), in [-1, 1] or little beyond."""
+        z = self.quantize.embedding(codes).movedim(-1, 1)     # (B, d, h, w)
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For training: reconstruction, codebook and commitment loss (means), codes.
+
+        The gradient passes the codes unchanged, as if they were not there (van den Oord et
+        al. 2017: straight-through).
         """
-
-        def __init__(self, channels: int = 128, multipliers: Sequence[int] = (1, 1, 2, 2, 4),
-                     blocks: int = 2, attention: Sequence[int] = (4,), z_channels: int = 256,
-                     embedding: int = 256, codes: int = 1024, in_channels: int = 3):
-            super().__init__()
-            widths = [channels * m for m in multipliers]
-            self.factor = 2 ** (len(widths) - 1)
-            self.encoder = Encoder(widths, channels, blocks, attention, in_channels, z_channels)
-            self.decoder = Decoder(widths, blocks, attention, z_channels, in_channels)
-            self.quantize = Quantizer(codes, embedding)
-            self.quant_conv = nn.Conv2d(z_channels, embedding, 1)
-            self.post_quant_conv = nn.Conv2d(embedding, z_channels, 1)
-
-        @property
-        def vocab_size(self) -> int:
-            return len(self.quantize.embedding.weight)
-
-        def encode(self, x: Tensor) -> Tensor:
-            """(B, C, H, W) in [-1, 1] to codes (B, H / f, W / f) int64."""
-            return self.quantize(self.quant_conv(self.encoder(x)))
-
-        def decode(self, codes: Tensor) -> Tensor:
-            """Codes (B, h, w) to images (B, C, h f, w f), in [-1, 1] or little beyond."""
-            z = self.quantize.embedding(codes).movedim(-1, 1)     # (B, d, h, w)
-            return self.decoder(self.post_quant_conv(z))
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """For training: reconstruction, codebook and commitment loss (means), codes.
-
-            The gradient passes the codes unchanged, as if they were not there (van den Oord et
-            al. 2017: straight-through).
-            """
-            z = self.quant_conv(self.encoder(x))
-            codes = self.quantize(z)
-            e = self.quantize.embedding(codes).movedim(-1, 1)
-            reconstruction = self.decoder(self.post_quant_conv(z + (e - z).detach()))
-            return (reconstruction, (e - z.detach()).square().mean(),
-                    (z - e.detach()).square().mean(), codes)
-
-    return VQGAN
+        z = self.quant_conv(self.encoder(x))
+        codes = self.quantize(z)
+        e = self.quantize.embedding(codes).movedim(-1, 1)
+        reconstruction = self.decoder(self.post_quant_conv(z + (e - z).detach()))
+        return (reconstruction, (e - z.detach()).square().mean(),
+                (z - e.detach()).square().mean(), codes)
 
 
 def vqgan_config(weights: dict) -> dict:
@@ -2000,7 +2004,6 @@ def load_vqgan(path: str | Path):
     Discriminator and perceptual loss (`loss.*`) are dropped; a transformer's checkpoint has the
     VQGAN under `first_stage_model.`. Raises DataError.
     """
-    import torch
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no VQGAN checkpoint at {path}: download last.ckpt of f16-1024 (see the "
@@ -2012,7 +2015,7 @@ def load_vqgan(path: str | Path):
             state = torch.load(path, map_location="cpu", weights_only=False,
                                pickle_module=INERT)
         state = {key: value for key, value in state.get("state_dict", state).items()
-                 if isinstance(value, torch.Tensor)}
+                 if isinstance(value, Tensor)}
     except Exception as error:  # torch raises many kinds for truncated and foreign files
         raise DataError(f"{path} is truncated or not a checkpoint ({type(error).__name__})"
                         ) from error
@@ -2021,7 +2024,7 @@ def load_vqgan(path: str | Path):
         state = {key[len(inner):]: v for key, v in state.items() if key.startswith(inner)}
     weights = {key: value for key, value in state.items() if not key.startswith("loss.")}
     try:
-        model = vqgan_class()(**vqgan_config(weights))
+        model = VQGAN(**vqgan_config(weights))
         model.load_state_dict(weights)
     except (KeyError, ValueError, RuntimeError) as error:
         detail = " ".join(str(error).split())[:200]
@@ -2060,7 +2063,6 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
 
 def vq_encode(folder: Path, ckpt: Path, out: Path, size: int = 256, batch: int = 32) -> None:
     """Images to codes (N, L) in `out`, and what load_images wants beside them."""
-    import torch
     model, device = load_vqgan(ckpt), "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     if size % model.factor:
@@ -2091,7 +2093,6 @@ def vq_encode(folder: Path, ckpt: Path, out: Path, size: int = 256, batch: int =
 
 def vq_decode(tokens: Path, ckpt: Path, out: Path, batch: int = 32) -> None:
     """Codes (N, L) or (N, rows, columns) to out/000000.png and so on."""
-    import torch
     (Image,) = pillow("Image")
     model, device = load_vqgan(ckpt), "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)

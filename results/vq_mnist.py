@@ -113,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     place = common.setup(common.RunConfig(seed=args.seed, device=args.device))
     sets = mnist(args.data_dir, args.images)
-    model = data.vqgan_class()(**SIZE).to(place.device)
+    model = data.VQGAN(**SIZE).to(place.device)
     begin = time.time()
     losses = train(model, sets["train"][0], args)
     seconds = time.time() - begin

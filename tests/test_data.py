@@ -712,8 +712,3 @@ def test_command_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: unknown dataset")
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_import_needs_no_torch():
-    code = "import sys, data; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

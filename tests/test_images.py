@@ -402,7 +402,7 @@ def public_shapes() -> dict[str, tuple[int, ...]]:
 
 def test_f16_1024_has_the_public_names_and_shapes():
     with torch.device("meta"):
-        state = data.vqgan_class()().state_dict()
+        state = data.VQGAN().state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     assert shapes == public_shapes()
     assert len(shapes) == 343
@@ -417,7 +417,7 @@ SMALL = dict(channels=32, multipliers=(1, 2, 1), blocks=1, attention=(0, 2), z_c
 def small():
     """A small VQGAN whose codebook lies among its encoder's outputs, so that codes vary."""
     torch.manual_seed(0)
-    model = data.vqgan_class()(**SMALL).eval().requires_grad_(False)
+    model = data.VQGAN(**SMALL).eval().requires_grad_(False)
     for name, p in model.named_parameters():  # norms and biases too: each must matter
         p.add_(0.2 * torch.randn_like(p))
     z = model.quant_conv(model.encoder(torch.rand(5, 1, 8, 8) * 2 - 1))
@@ -497,7 +497,7 @@ def test_networks_against_a_second_implementation(small):
 
 def test_codes_survive_an_invertible_decoder():
     """Networks replaced by cutting into patches: what is left must return every code in place."""
-    model = data.vqgan_class()(**SMALL | dict(embedding=16))
+    model = data.VQGAN(**SMALL | dict(embedding=16))
     model.encoder, model.decoder = torch.nn.PixelUnshuffle(4), torch.nn.PixelShuffle(4)
     turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))[0]
     with torch.no_grad():
@@ -697,7 +697,7 @@ def test_a_vq_vae_learns():
     torch.manual_seed(0)
     images = torch.full((64, 1, 8, 8), -1.0)
     images[::2, :, :, 4:] = 1
-    model = data.vqgan_class()(**SMALL | dict(multipliers=(1, 1), attention=(), codes=8))
+    model = data.VQGAN(**SMALL | dict(multipliers=(1, 1), attention=(), codes=8))
     args = types.SimpleNamespace(lr=2e-3, steps=40, batch_size=16)
     losses = vq_mnist.train(model, images, args)
     assert set(losses) == {"squared_error", "codebook", "commitment"}
