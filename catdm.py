@@ -32,7 +32,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 import common
 from common import RunError, arg
-from data import (IMAGES, PAD, ImageTokens, PairData, Sentences, TextData, choose, load_dataset,
-                  load_images, load_pairs, read_lines, score_translations)
+from data import (IMAGES, PAD, ImageTokens, PairData, TextData, choose, load_dataset, load_images,
+                  load_pairs, read_lines, score_translations)
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -607,7 +607,7 @@ def evaluate(model: Denoiser, cfg: Config, data: Data, place: common.Setup) -> d
         found = tqdm(translate(model, [a for a, _ in pairs], data, cfg, place), "translate",
                      len(pairs), leave=False, mininterval=quiet)
         rows = [row | {"reference": b} for row, (_, b) in zip(found, pairs)]
-        with open(Path(cfg.out) / "translations.jsonl", "w") as file:
+        with open(Path(cfg.out) / f"translations-{cfg.split}.jsonl", "w") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         figures |= score_translations(rows)
     return figures
@@ -644,7 +644,7 @@ def eval_batches(cfg: Config, data: Data, place: common.Setup
     if not isinstance(data, TextData):  # x and y side by side
         if isinstance(data, PairData):
             pairs = data.pairs_of(cfg.split, cfg.eval_sequences or None)
-            y, x = (rows_of(side, data) for side in zip(*pairs))
+            y, x = (data.rows(side) for side in zip(*pairs))
         else:
             x, y = data.splits[cfg.split], data.labels[cfg.split]
         both = x if y is None else np.concatenate([x, y.reshape(len(y), -1)], 1)
@@ -655,12 +655,6 @@ def eval_batches(cfg: Config, data: Data, place: common.Setup
         given = None if y is None else ids[:, x.shape[1]:].squeeze(1) if y.ndim == 1 else (
             ids[:, x.shape[1]:])
         yield ids if y is None else ids[:, : x.shape[1]], given
-
-
-def rows_of(texts: Sequence[str], data: PairData) -> np.ndarray:
-    """Sentences (n,) as rows of ids (n, M), cut at the most tokens, PAD at the right."""
-    ids = [data.encode(text)[: data.length] for text in texts]
-    return Sentences.join(ids).rows(np.arange(len(ids)), data.length)
 
 
 def load_step(cfg: Config, data: Data, step: int, place: common.Setup) -> list[tuple]:
@@ -922,7 +916,7 @@ def translate(model: Denoiser, sources: list[str], data: PairData, cfg: Config,
     beams = cfg.length_beam * cfg.noise_beam
     for begin in range(0, len(sources), cfg.sample_batch):
         batch = sources[begin:begin + cfg.sample_batch]
-        y = torch.from_numpy(rows_of(batch, data)).to(place.device)
+        y = torch.from_numpy(data.rows(batch)).to(place.device)
         with place.autocast():
             _, length = model.given(y, y != PAD)
             best = length.argmax(-1) - common.LENGTH_OFFSET + (y != PAD).sum(1)        # (b,)
@@ -937,7 +931,8 @@ def translate(model: Denoiser, sources: list[str], data: PairData, cfg: Config,
         x = torch.where(real, x, PAD).view(len(batch), beams, -1).tolist()
         for text, candidates in zip(batch, x):
             candidates = [[i for i in c if i != PAD] for c in candidates]
-            yield dict(source=text, text=data.decode(candidates[choose(candidates)][1:]))
+            texts = [data.decode(c[1:]) for c in candidates]
+            yield dict(source=text, text=texts[choose(candidates)], candidates=texts)
 
 
 def draw_samples(model: Denoiser, cfg: Config, data: Data, place: common.Setup, guidance: float
@@ -1018,7 +1013,7 @@ def save_grids(path: Path, groups: list[np.ndarray], columns: int) -> None:
     grids = [make_grid(torch.from_numpy(g)[:, None] / 255, nrow=columns, pad_value=0.5)
              for g in groups]
     image = torch.cat([F.pad(g, (0, 0, 0, 8), value=1.0) for g in grids], 1)
-    zoom = max(1, 800 // image.shape[2])
+    zoom = max(1, round(800 / image.shape[2]))
     save_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), path)
 
 

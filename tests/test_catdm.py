@@ -735,8 +735,10 @@ def test_a_run_leaves_everything_it_should(run, capsys, flags):
         assert len((out / "samples.jsonl").read_text().splitlines()) == 4
         assert printed.count("--- sample") == 4
     elif flags == PAIRS:
-        rows = [json.loads(row) for row in (out / "translations.jsonl").read_text().splitlines()]
-        assert len(rows) == 5 and {"source", "text", "reference"} == set(rows[0])  # of 100
+        lines = (out / "translations-valid.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len(rows) == 5 and {"source", "text", "reference", "candidates"} == set(
+                rows[0])  # of 100
         assert {"bleu", "exact"} <= set(figures)
     else:
         with np.load(out / "samples.npz") as file:
