@@ -1021,7 +1021,9 @@ class Judge:
     """A small convolutional network on the grid of tokens, trained on the labelled images for some
     seconds: which class does it see in samples, and how are its 64 features distributed?"""
 
-    def __init__(self, data: ImageTokens, steps: int = 300, batch: int = 128):
+    steps, batch = 300, 128
+
+    def __init__(self, data: ImageTokens):
         rows, columns = data.shape
         self.real = (torch.from_numpy(data.splits["valid"].astype(np.int64)),
                      torch.from_numpy(data.labels["valid"]))
@@ -1035,8 +1037,8 @@ class Judge:
                 nn.Linear(64 * ((rows + 1) // 2) * ((columns + 1) // 2), 64), nn.ReLU())
             parts = [self.embed, self.net, self.head]
             optimizer = torch.optim.Adam([p for m in parts for p in m.parameters()], 2e-3)
-            for step in range(steps):
-                chosen = data.train_rows(0, step, batch, range(batch))
+            for step in range(self.steps):
+                chosen = data.train_rows(0, step, self.batch, range(self.batch))
                 x = torch.from_numpy(data.splits["train"][chosen].astype(np.int64))
                 y = torch.from_numpy(data.labels["train"][chosen])
                 F.cross_entropy(self.head(self.features(x)), y).backward()
