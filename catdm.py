@@ -151,7 +151,7 @@ _SMALL_TEXT = dict(embed_dim=128, dim=384, depth=6, heads=6, batch_size=64, micr
                    steps=20_000, lr=1e-3, warmup=500, beta2=0.99, weight_decay=0.0, samples=4)
 _PAIRS = dict(embed_dim=128, ffn=1024, depth=6, heads=4, dropout=0.3, micro_batch=2048,
               steps=300_000, lr=5e-4, lr_schedule="inverse_sqrt", warmup=10_000, beta2=0.98,
-              weight_decay=0.01, ema=0.999, sample_steps=20, samples=4, sample_batch=256)
+              weight_decay=0.01, ema=0.999, sample_steps=20, samples=4, sample_batch=64)
 PRESETS: dict[str, dict] = {
     # one CPU core, three minutes; a short run needs a young teacher
     "glyphs": dict(embed_dim=32, embed_init="variance", dim=96, depth=3, heads=4, dropout=0.0,
