@@ -1098,7 +1098,8 @@ def figures_of(model: Denoiser, cfg: Config, data: Data, place: common.Setup) ->
     figures = evaluate(model, cfg, data, place)
     if model.classes:
         grades = Judge(data).grade(*draw_samples(model, cfg, data, place, cfg.guidance))
-        how = f"{cfg.samples} samples, {cfg.sample_steps} steps, guidance {cfg.guidance:g}"
+        how = (f"{cfg.samples} samples, {cfg.sample_steps} {cfg.sampler} steps, guidance "
+               f"{cfg.guidance:g}")
         figures |= {name: dict(value=value, unit=how) for name, value in grades.items()}
     return figures
 
