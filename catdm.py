@@ -32,7 +32,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 import common
 from common import RunError, arg
-from data import (IMAGES, PAD, ImageTokens, PairData, Sentences, TextData, choose, load_dataset,
-                  load_images, load_pairs, read_lines, score_translations)
+from data import (IMAGES, PAD, ImageTokens, PairData, TextData, choose, load_dataset, load_images,
+                  load_pairs, read_lines, score_translations)
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -155,11 +155,12 @@ _PAIRS = dict(embed_dim=128, ffn=1024, depth=6, heads=4, dropout=0.3,
               weight_decay=0.01, ema=0.999, sample_steps=20, samples=4, sample_batch=64)
 PRESETS: dict[str, dict] = {
     # one CPU core, three minutes; a short run needs a young teacher
-    "glyphs": dict(embed_dim=32, dim=96, depth=3, heads=4, dropout=0.0, init_std=0.0, teacher=0.9,
-                   shift=-2.0, batch_size=32, micro_batch=32, steps=1400, lr=3e-3, warmup=50,
+    "glyphs": dict(embed_dim=32, embed_init="variance", dim=96, depth=3, heads=4, dropout=0.0,
+                   init_std=0.0, teacher=0.9, shift=-1.5, drop=0.1, recon_share=0.25,
+                   batch_size=32, micro_batch=32, steps=1500, lr=3e-3, warmup=50,
                    lr_schedule="cosine", beta2=0.99, weight_decay=0.0, ema=0.99, samples=128,
                    sample_steps=20, sample_batch=128, log_every=20, save_every=500,
-                   eval_sequences=500, recon_share=0.25),
+                   eval_sequences=500),
     "mnist": dict(dim=256, depth=6, init_std=0.0, batch_size=256, micro_batch=256, steps=20_000,
                   lr=1e-3, lr_schedule="cosine", beta2=0.99, weight_decay=0.0, ema=0.999,
                   sample_steps=50, samples=160, sample_batch=512),
@@ -520,7 +521,7 @@ def ddim(z_t: Tensor, z_0: Tensor, a_t: Tensor, sigma_t: Tensor, a_s: Tensor, si
 # ---------------------------------------------------------------------------------------------
 
 
-BOUND_ENDS = (LOGSNR, 8.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.0)
+BOUND_ENDS = (LOGSNR, 8.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0)
 
 
 def time_of(unshifted: float) -> float:
@@ -614,7 +615,7 @@ def evaluate(model: Denoiser, cfg: Config, data: Data, place: common.Setup) -> d
         found = tqdm(translate(model, [a for a, _ in pairs], data, cfg, place), "translate",
                      len(pairs), leave=False, mininterval=quiet)
         rows = [row | {"reference": b} for row, (_, b) in zip(found, pairs)]
-        with open(Path(cfg.out) / "translations.jsonl", "w") as file:
+        with open(Path(cfg.out) / f"translations-{cfg.split}.jsonl", "w") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         figures |= score_translations(rows)
     return figures
@@ -652,7 +653,7 @@ def eval_batches(cfg: Config, data: Data, place: common.Setup
     if not isinstance(data, TextData):  # x and y side by side
         if isinstance(data, PairData):
             pairs = data.pairs_of(cfg.split, cfg.eval_sequences or None)
-            y, x = (rows_of(side, data) for side in zip(*pairs))
+            y, x = (data.rows(side) for side in zip(*pairs))
         else:
             x, y = data.splits[cfg.split], data.labels[cfg.split]
         both = x if y is None else np.concatenate([x, y.reshape(len(y), -1)], 1)
@@ -663,12 +664,6 @@ def eval_batches(cfg: Config, data: Data, place: common.Setup
         given = None if y is None else ids[:, x.shape[1]:].squeeze(1) if y.ndim == 1 else (
             ids[:, x.shape[1]:])
         yield ids if y is None else ids[:, : x.shape[1]], given
-
-
-def rows_of(texts: Sequence[str], data: PairData) -> np.ndarray:
-    """Sentences (n,) as rows of ids (n, M), cut at the most tokens, PAD at the right."""
-    ids = [data.encode(text)[: data.length] for text in texts]
-    return Sentences.join(ids).rows(np.arange(len(ids)), data.length)
 
 
 def load_step(cfg: Config, data: Data, step: int, place: common.Setup) -> list[tuple]:
@@ -954,7 +949,7 @@ def translate(model: Denoiser, sources: list[str], data: PairData, cfg: Config,
     beams = cfg.length_beam * cfg.noise_beam
     for begin in range(0, len(sources), cfg.sample_batch):
         batch = sources[begin:begin + cfg.sample_batch]
-        y = torch.from_numpy(rows_of(batch, data)).to(place.device)
+        y = torch.from_numpy(data.rows(batch)).to(place.device)
         with place.autocast():
             _, length = model.given(y, y != PAD)
             best = length.argmax(-1) - common.LENGTH_OFFSET + (y != PAD).sum(1)        # (b,)
@@ -969,7 +964,8 @@ def translate(model: Denoiser, sources: list[str], data: PairData, cfg: Config,
         x = torch.where(real, x, PAD).view(len(batch), beams, -1).tolist()
         for text, candidates in zip(batch, x):
             candidates = [[i for i in c if i != PAD] for c in candidates]
-            yield dict(source=text, text=data.decode(candidates[choose(candidates)][1:]))
+            texts = [data.decode(c[1:]) for c in candidates]
+            yield dict(source=text, text=texts[choose(candidates)], candidates=texts)
 
 
 def draw_samples(model: Denoiser, cfg: Config, data: Data, place: common.Setup, guidance: float
@@ -1050,7 +1046,7 @@ def save_grids(path: Path, groups: list[np.ndarray], columns: int) -> None:
     grids = [make_grid(torch.from_numpy(g)[:, None] / 255, nrow=columns, pad_value=0.5)
              for g in groups]
     image = torch.cat([F.pad(g, (0, 0, 0, 8), value=1.0) for g in grids], 1)
-    zoom = max(1, 800 // image.shape[2])
+    zoom = max(1, round(800 / image.shape[2]))
     save_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), path)
 
 
@@ -1058,7 +1054,9 @@ class Judge:
     """A small convolutional network on the grid of tokens, trained on the labelled images for some
     seconds: which class does it see in samples, and how are its 64 features distributed?"""
 
-    def __init__(self, data: ImageTokens, steps: int = 300, batch: int = 128):
+    steps, batch = 300, 128
+
+    def __init__(self, data: ImageTokens):
         rows, columns = data.shape
         self.real = (torch.from_numpy(data.splits["valid"].astype(np.int64)),
                      torch.from_numpy(data.labels["valid"]))
@@ -1072,8 +1070,8 @@ class Judge:
                 nn.Linear(64 * ((rows + 1) // 2) * ((columns + 1) // 2), 64), nn.ReLU())
             parts = [self.embed, self.net, self.head]
             optimizer = torch.optim.Adam([p for m in parts for p in m.parameters()], 2e-3)
-            for step in range(steps):
-                chosen = data.train_rows(0, step, batch, range(batch))
+            for step in range(self.steps):
+                chosen = data.train_rows(0, step, self.batch, range(self.batch))
                 x = torch.from_numpy(data.splits["train"][chosen].astype(np.int64))
                 y = torch.from_numpy(data.labels["train"][chosen])
                 F.cross_entropy(self.head(self.features(x)), y).backward()
@@ -1133,7 +1131,8 @@ def figures_of(model: Denoiser, cfg: Config, data: Data, place: common.Setup) ->
     figures = evaluate(model, cfg, data, place)
     if model.classes:
         grades = Judge(data).grade(*draw_samples(model, cfg, data, place, cfg.guidance))
-        how = f"{cfg.samples} samples, {cfg.sample_steps} steps, guidance {cfg.guidance:g}"
+        how = (f"{cfg.samples} samples, {cfg.sample_steps} {cfg.sampler} steps, guidance "
+               f"{cfg.guidance:g}")
         figures |= {name: dict(value=value, unit=how) for name, value in grades.items()}
     return figures
 

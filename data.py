@@ -1424,7 +1424,8 @@ def choose(candidates: Sequence[Sequence[int]]) -> int:
         totals = [max(0, len(c) - n) for n in range(4)]
         return bleu_of_counts(hits, totals, len(c), len(o), smooth=True)
 
-    value = {c: sum((n - (o == c)) * similar(c, o) for o, n in several.items()) for c in several}
+    # Each counts itself too, which adds the same to all.
+    value = {c: sum(n * similar(c, o) for o, n in several.items()) for c in several}
     return list(map(tuple, candidates)).index(max(value, key=value.get))
 
 

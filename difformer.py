@@ -28,9 +28,8 @@ import json
 import math
 import sys
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -42,8 +41,7 @@ from tqdm import tqdm
 
 import common
 from common import RunError, arg
-from data import (PAD, PAIR_SETS, PairData, bleu_of_counts, load_pairs, ngrams,
-                  read_lines, score_translations)
+from data import PAD, PAIR_SETS, PairData, choose, load_pairs, read_lines, score_translations
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -425,24 +423,6 @@ def denoise(
         mean, var = common.gaussian_posterior(z.double(), target.double(), signal[i], sigma[i],
                                               signal[i + 1], sigma[i + 1])
         z = (mean + var.sqrt() * torch.randn(shape, generator=generator, device=device)).float()
-
-
-def choose(candidates: Sequence[Sequence[int]]) -> int:
-    """Minimum Bayes risk: which candidate (token ids) has the best mean sentence BLEU with the
-    others. Paper: or by an autoregressive model's likelihood, as its published scripts do."""
-    several = Counter(map(tuple, candidates))
-    if len(several) == 1:
-        return 0
-    counts = {c: ngrams(c) for c in several}
-
-    def similar(c: tuple, o: tuple) -> float:
-        hits = [sum(min(k, b[g]) for g, k in a.items()) for a, b in zip(counts[c], counts[o])]
-        totals = [max(0, len(c) - n) for n in range(4)]
-        return bleu_of_counts(hits, totals, len(c), len(o), smooth=True)
-
-    # Each counts itself too, which adds the same to all.
-    value = {c: sum(n * similar(c, o) for o, n in several.items()) for c in several}
-    return list(map(tuple, candidates)).index(max(value, key=value.get))
 
 
 @torch.no_grad()

@@ -458,7 +458,7 @@ def score_run(out: Path, split: str, flags: list[str], extra: Sequence[str] = ()
     if method not in METHODS:
         raise RunError(f"{out}: no script scores the method {method!r}")
     result = importlib.import_module(method).score(str(out), ["--split", split, *flags])
-    if method == "difformer":
+    if "bleu" in result["figures"]:
         rows = read_samples(out / f"translations-{split}.jsonl")
         result["figures"] |= translation_figures(rows, extra)
     common.write_json(kept, {"of": stamp, **result})
