@@ -11,7 +11,7 @@ runs short. Runs train side by side, --jobs at once; the same command goes on wh
 For each set OUT/catdm-SET.json holds, by run: `figures` (the bound and its parts on the valid
 split; `eval.py collapse`'s), the curves of CE and DGS over t, and `quality` of --samples samples by
 sampler and number of steps. MNIST's are class-conditional: the share that a small classifier
-recognises and the Fréchet distance of its features to the valid split's; `guided` is at guidance 1.
+recognises and the Fréchet distance of its features to the valid split; `guided` is at guidance 1.
 english27's: the share of words spelled as in the training text, and the entropy of the letters in
 nats. `data` has the same figures of the valid split.
 """

@@ -215,6 +215,7 @@ def test_cadds_probe(runs, monkeypatch, name):
     # Batch 3 at time k: z_t recombines to one noise, the same for all k where it is masked
     chosen = torch.from_numpy(tokens[np.arange(64) * len(tokens) // 64][24:32]).long()
     z0, nll, total = table[chosen], np.zeros(25), np.zeros(25)
+    before = None
     for k, (x_t, z_t, masked, t) in enumerate(seen[75:100]):
         assert torch.allclose(t, torch.tensor(times[k], dtype=torch.float32))
         assert torch.equal(x_t, torch.where(masked, 27, chosen))
