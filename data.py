@@ -1762,6 +1762,9 @@ def read_integers(path: Path) -> np.ndarray:
     """An array of integers from a .npy file, memory-mapped. Raises DataError."""
     try:
         array = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: give a .npy file of integers; python data.py "
+                        "vq-encode makes one of images") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read as a .npy array: {error}") from error
     if array.dtype.kind not in "iu" or array.size == 0:
@@ -2146,6 +2149,8 @@ def load_dataset(name: str, data_dir: str | Path = "data", length: int | None = 
     stored. Raises DataError.
     """
     if name in TOYS:
+        if length not in (None, 2):
+            raise DataError(f"{name} has points of 2 numbers: drop --length {length}")
         return load_toy(name)
     if name not in DATASETS:
         if Path(name).is_dir():
