@@ -93,8 +93,9 @@ class Config(common.RunConfig):
                             1, 10**6)
     sample_batch: int = arg(32, "samples drawn at once", 1, 10**6)
     temperature: float = arg(1.0, "of the token draw", 0, 100)
-    top_p: float = arg(1.0, "nucleus of the token draw (Fig. 3: .9)", 1e-6, 1)
-    z0_hat: str = arg("soft", "estimate of z_0 (Eq. 21)", choices=("soft", "hard"))
+    top_p: float = arg(1.0, "nucleus of the token draw (.9 in the protocol of Fig. 3)", 1e-6, 1)
+    z0_hat: str = arg("soft", "estimate of z_0 (Eq. 21): soft keeps the distribution, hard (the "
+                      "paper's main runs) seeks its modes", choices=("soft", "hard"))
     z_update: str = arg("posterior", "of hints that stay masked: posterior (Eq. 17), ddim (no "
                         "noise), fresh (new noise; the model that nll_prior scores)",
                         choices=("posterior", "ddim", "fresh"))
@@ -384,17 +385,23 @@ def sample(
 @torch.no_grad()
 def likelihoods(
     model: CADD, batches: Iterator[Tensor], draws: int, seed: int, pad_id: int | None = None,
-    K: int = 1, t_min: float = 1e-5, autocast=contextlib.nullcontext,
+    K: int = 1, t_min: float = 1e-3, autocast=contextlib.nullcontext,
 ) -> dict[str, Tensor]:
     """One estimate per sequence and draw of each figure, in nats per valid token.
 
     nll_prior     MDM bound with z_t ~ N(0, I) drawn afresh: E_t E_x_t [1/t sum -log E_z p]. The
                   hints carry nothing about x_0, so this bounds -log p(x_0) of the model that
                   samples with fresh noise (z_update=fresh). K > 1 averages p over K draws of z.
+                  Training never shows such z_t at t < 1, so a denoiser that relies on its hints,
+                  as the exact one does, has a bad nll_prior.
     nll_joint     the ELBO of Eq. 24 in continuous time: discrete part plus path_kl_rate times
                   |z_0 - z0hat|^2 per masked token: bounds -log p(x_0) of the paper's sampler.
     nll_discrete  the paper's Tables 5-7: the discrete part alone with z_t ~ q(z_t | x_0). The
                   hint leaks the answer, nobody pays for it: no bound on -log p(x_0).
+
+    The chain ends at t_min, as in training, where what is still hidden is revealed at once. That
+    is what clamped times estimate: 1/t_min times their share t_min; no hint moves any more there.
+    Below, the rate t^-3 would charge for the least doubt of the softmax: the integral diverges.
 
     Without hints the three are one, reported as nll_prior. Each tensor is (n,) float64, n =
     sequences x draws; batches are (B, L). Times are low-discrepancy across the batch and across
@@ -444,7 +451,7 @@ def likelihoods(
             sq = (z0[scored] - model.z0_soft(logits)).double().square().sum(-1)
             figures["nll_discrete"].append(discrete)
             figures["nll_joint"].append(
-                discrete + per_sequence(sq) * path_kl_rate(t.double(), hint))
+                discrete + per_sequence(sq) * path_kl_rate(t.double(), hint) * (t > t_min))
     return {name: torch.cat(values) for name, values in figures.items()}
 
 

@@ -1091,6 +1091,8 @@ def read_lines(path: Path) -> list[str]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             text = file.read().decode()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: give a text file with a sentence per line") from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
     # Only newlines end a line: str.splitlines would also cut at rare signs inside sentences.
@@ -1761,6 +1763,9 @@ def read_integers(path: Path) -> np.ndarray:
     """An array of integers from a .npy file, memory-mapped. Raises DataError."""
     try:
         array = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: give a .npy file of integers; python data.py "
+                        "vq-encode makes one of images") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read as a .npy array: {error}") from error
     if array.dtype.kind not in "iu" or array.size == 0:
@@ -2145,6 +2150,8 @@ def load_dataset(name: str, data_dir: str | Path = "data", length: int | None = 
     stored. Raises DataError.
     """
     if name in TOYS:
+        if length not in (None, 2):
+            raise DataError(f"{name} has points of 2 numbers: drop --length {length}")
         return load_toy(name)
     if name not in DATASETS:
         if Path(name).is_dir():

@@ -243,6 +243,8 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, monkeypatch):
 def test_unknown_dataset(tmp_path):
     with pytest.raises(DataError) as error:
         load_dataset(str(tmp_path / "shakespear"))
+    with pytest.raises(DataError, match="points of 2 numbers: drop --length 3"):
+        load_dataset("circles", length=3)
     assert all(name in str(error.value) for name in [*data.DATASETS, "folder"])
 
 

@@ -277,7 +277,7 @@ def test_names_that_are_none(tmp_path):
         load_images("glyph", tmp_path)
     with pytest.raises(DataError, match="labels is for a tokens.npy"):
         load_images("glyphs", tmp_path, labels="labels.npy")
-    with pytest.raises(DataError, match="missing.npy cannot be read"):
+    with pytest.raises(DataError, match="missing.npy does not exist: .* vq-encode"):
         load_images(str(tmp_path / "missing.npy"))
     (tmp_path / "text.npy").write_text("text")
     with pytest.raises(DataError, match="text.npy cannot be read"):

@@ -107,6 +107,8 @@ def test_own_files_and_their_mistakes(tmp_path, capsys):
         load_pairs("files", files={"train": (a, write("c", "one\n"))})
     with pytest.raises(DataError, match="--train a.de a.en"):
         load_pairs("files", files={"train": ()})
+    with pytest.raises(DataError, match="nowhere does not exist: give a text file"):
+        load_pairs("files", files={"train": (a, str(tmp_path / "nowhere"))})
     (tmp_path / "d").write_bytes(b"\xff\xfe\n" * 4)
     with pytest.raises(DataError, match="cannot be read as UTF-8"):
         load_pairs("files", files={"train": (a, str(tmp_path / "d"))})
