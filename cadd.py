@@ -385,7 +385,7 @@ def sample(
 @torch.no_grad()
 def likelihoods(
     model: CADD, batches: Iterator[Tensor], draws: int, seed: int, pad_id: int | None = None,
-    K: int = 1, t_min: float = 1e-3, autocast=contextlib.nullcontext,
+    K: int = 1, t_min: float | None = None, autocast=contextlib.nullcontext,
 ) -> dict[str, Tensor]:
     """One estimate per sequence and draw of each figure, in nats per valid token.
 
@@ -399,15 +399,17 @@ def likelihoods(
     nll_discrete  the paper's Tables 5-7: the discrete part alone with z_t ~ q(z_t | x_0). The
                   hint leaks the answer, nobody pays for it: no bound on -log p(x_0).
 
-    The chain ends at t_min, as in training, where what is still hidden is revealed at once. That
-    is what clamped times estimate: 1/t_min times their share t_min; no hint moves any more there.
-    Below, the rate t^-3 would charge for the least doubt of the softmax: the integral diverges.
+    The chain ends at t_min, 1e-5 or with hints 1e-3, where what is still hidden is revealed at
+    once. That is what clamped times estimate: 1/t_min times their share t_min; no hint moves any
+    more there. Below, the hints' rate t^-3 would charge for the least doubt of the softmax without
+    limit.
 
     Without hints the three are one, reported as nll_prior. Each tensor is (n,) float64, n =
     sequences x draws; batches are (B, L). Times are low-discrepancy across the batch and across
     a sequence's draws, so the naive standard error is on the safe side.
     """
     hint = model.cfg.hint
+    t_min = t_min or (1e-5 if hint == "none" else 1e-3)
     names = ["nll_prior"] + (["nll_joint", "nll_discrete"] if hint != "none" else [])
     figures: dict[str, list[Tensor]] = {name: [] for name in names}
     for number, x0 in enumerate(batches):
