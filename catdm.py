@@ -157,7 +157,7 @@ PRESETS: dict[str, dict] = {
     # one CPU core, three minutes; a short run needs a young teacher
     "glyphs": dict(embed_dim=32, embed_init="variance", dim=96, depth=3, heads=4, dropout=0.0,
                    init_std=0.0, teacher=0.9, shift=-1.5, drop=0.1, recon_share=0.25,
-                   batch_size=32, micro_batch=32, steps=1500, lr=3e-3, warmup=50,
+                   batch_size=32, micro_batch=32, steps=2300, lr=3e-3, warmup=50,
                    lr_schedule="cosine", beta2=0.99, weight_decay=0.0, ema=0.99, samples=128,
                    sample_steps=20, sample_batch=128, log_every=20, save_every=500,
                    eval_sequences=500),
