@@ -1,6 +1,6 @@
 """Difformer: diffusion on word embeddings that translates, and how much noise that takes.
 
-    python difformer.py                                     CPU, 4 minutes, nothing to download
+    python difformer.py                                     CPU, 3 minutes, nothing to download
     python difformer.py --mode sample --source "neunundneunzig" --show_steps
     python difformer.py --mode dgs --schedule sqrt          the noise it takes
     python difformer.py --dataset multi30k                  one GPU
@@ -125,7 +125,7 @@ _WIDE = dict(dim=768, ffn=3072, heads=12)  # as DiffuSeq
 PRESETS: dict[str, dict] = {  # Table 21, but for the first two
     # two CPU cores, under four minutes
     "numbers": dict(vocab=400, max_length=32, embed_dim=64, dim=128, ffn=256, depth=2, heads=4,
-                    dropout=0.0, init_std=0.0, embed_std=0.1, batch_tokens=1024, steps=800,
+                    dropout=0.0, init_std=0.0, embed_std=0.1, batch_tokens=1024, steps=2000,
                     lr=1e-3, warmup=200, lr_schedule="cosine", ema=0.99, log_every=50,
                     save_every=500),
     # some minutes of one H200
