@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import common
 from common import RunError, arg
-from data import TextData, load_dataset
+from data import TextData, load_dataset, ngram_entropies
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -369,7 +369,7 @@ def sample(
                     mean, var = common.gaussian_posterior(z_t, z0, a_t, sigma_t, a_s, sigma_s)
                     z_s = mean + var.sqrt() * noise
                 elif z_update == "ddim":                                   # same eps, no new noise
-                    z_s = a_s * z0 + sigma_s / sigma_t * (z_t - a_t * z0)
+                    z_s = common.ddim(z_t, z0, a_t, sigma_t, a_s, sigma_s)
                 else:
                     z_s = noise
                 z_s = torch.where(reveal[:, None], table[token], z_s.float())
@@ -683,7 +683,6 @@ def report(model, ema, cfg: Config, data: TextData, place, step: int, seconds: f
                   train_seconds=round(seconds, 1), figures=figures,
                   config=dataclasses.asdict(cfg), **info)
     if data.unit in ("char", "byte"):
-        from data import ngram_entropies
         unigram, bigram = ngram_entropies(data, cfg.split)
         result["data_entropy_bits"] = dict(unigram=unigram, bigram=bigram)
         print(f"entropy of {data.name}/{cfg.split}: unigram {unigram:.3f}, bigram {bigram:.3f} "
@@ -770,7 +769,6 @@ def score(out: str, flags: list[str]) -> dict:
                 length=data.length, figures=evaluate(model, cfg, data, place))
 
 
-PROBE_TIMES = (np.arange(25) + 0.5) / 25
 PROBE_SEQUENCES = 64  # the network's; 10,000 for the embeddings' variance, which costs nothing
 
 
@@ -791,14 +789,14 @@ def probe(out: str, flags: list[str]) -> dict:
         raise RunError(f"{out} is an MDLM: it has no embeddings that are diffused")
     model.eval()
     batch = max(1, min(cfg.micro_batch, 16384 // data.length))
-    nll, count = (np.zeros(len(PROBE_TIMES)) for _ in range(2))
+    nll, count = (np.zeros(len(common.PROBE_TIMES)) for _ in range(2))
     for number, rows in enumerate(data.eval_batches(cfg.split, batch, PROBE_SEQUENCES)):
         x0 = torch.from_numpy(rows).to(place.device)
         generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, 78, number))
         u = torch.rand(x0.shape, generator=generator, device=place.device)
         z0 = model.w(x0).float()
         eps = torch.randn(z0.shape, generator=generator, device=place.device)
-        for k, time_k in enumerate(PROBE_TIMES):
+        for k, time_k in enumerate(common.PROBE_TIMES):
             t = torch.full((len(x0),), time_k, device=place.device)
             x_t, masked = add_noise(x0, t, u, model.mask_id)
             scored = masked & (x0 != data.pad_id) if data.pad_id is not None else masked
@@ -807,10 +805,10 @@ def probe(out: str, flags: list[str]) -> dict:
                 logits = model.logits(model.features(x_t, z_t, masked, t)[scored])
             nll[k] += F.cross_entropy(logits.double(), x0[scored], reduction="sum").item()
             count[k] += scored.sum().item()
-    signal, sigma = path(torch.from_numpy(PROBE_TIMES), cfg.hint)
+    signal, sigma = path(torch.from_numpy(common.PROBE_TIMES), cfg.hint)
     tokens = np.concatenate(list(data.eval_batches(cfg.split, 1000, 10_000)))
-    return dict(name=name_of(cfg), method="cadd", times=PROBE_TIMES, cross_entropy=nll / count,
-                signal=signal, sigma=sigma, tokens=tokens,
+    return dict(name=name_of(cfg), method="cadd", times=common.PROBE_TIMES,
+                cross_entropy=nll / count, signal=signal, sigma=sigma, tokens=tokens,
                 embeddings=model.table()[: model.V].detach().float().cpu())
 
 

@@ -45,7 +45,7 @@ from tqdm import tqdm
 import common
 from common import RunError, arg
 from data import (IMAGES, PAD, ImageTokens, PairData, TextData, choose, load_dataset, load_images,
-                  load_pairs, read_lines, score_translations)
+                  load_pairs, ngram_entropies, read_lines, score_translations)
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -423,7 +423,7 @@ class CATDM(nn.Module):
                 s = back * t
                 a_s, sigma_s = coefficients(s)
                 z_bar = F.embedding(x, teacher.table())
-                z_s = a_s * z_bar + sigma_s / sigma_t * (z_t - a_t * z_bar)
+                z_s = common.ddim(z_t, z_bar, a_t, sigma_t, a_s, sigma_s)
                 log_q = teacher(z_s, s, teacher.given(y, real)[0]).log_softmax(-1)
             kl = (log_q.exp() * (log_q - log_p)).sum(-1)
         if catdm:
@@ -433,9 +433,7 @@ class CATDM(nn.Module):
             rest = weight.float() * square + prior_kl(z, cfg.shift)
         rest, length = (rest * real).sum(), torch.zeros_like(rest[0, 0])
         if length_logits is not None:  # B.3: the target's length from the encoder's output
-            difference = real.sum(1) - given[1].sum(1) + common.LENGTH_OFFSET
-            difference = difference.clamp(0, common.LENGTH_CLASSES - 1)
-            length = F.cross_entropy(length_logits, difference, reduction="sum")
+            length = common.length_loss(length_logits, real.sum(1), given[1].sum(1))
 
         rows = torch.stack([square, kl, ce, torch.ones_like(ce)]).detach() * real
         tenth = (10 * t).long().clamp_max(9)
@@ -503,17 +501,11 @@ def sample(
             mean, var = common.gaussian_posterior(z.double(), z_hat, *path)
             z = mean + var.sqrt() * torch.randn(z.shape, **noise)
         else:
-            z = ddim(z.double(), z_hat, *path)
+            z = common.ddim(z.double(), z_hat, *path)
         z = z.float()
     log_p = predict(model, z, clock[-1], given, guidance)
     u = torch.rand(shape, dtype=torch.float64, **noise)
     yield log_p.argmax(-1) if argmax else common.sample_categorical(log_p, u=u)
-
-
-def ddim(z_t: Tensor, z_0: Tensor, a_t: Tensor, sigma_t: Tensor, a_s: Tensor, sigma_s: Tensor
-         ) -> Tensor:
-    """z_s on the line through z_t and z_0 (below Eq. 3): the same noise, less of it."""
-    return a_s * z_0 + sigma_s / sigma_t * (z_t - a_t * z_0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -908,7 +900,6 @@ def report(model: Denoiser, ema, cfg: Config, data: Data, place, step: int, seco
     if not place.is_main:
         return
     if getattr(data, "unit", "token") in ("char", "byte"):
-        from data import ngram_entropies
         unigram, bigram = ngram_entropies(data, cfg.split)
         result["data_entropy_bits"] = dict(unigram=unigram, bigram=bigram)
         print(f"entropy of {data.name}/{cfg.split}: unigram {unigram:.3f}, bigram {bigram:.3f} "
@@ -951,13 +942,12 @@ def translate(model: Denoiser, sources: list[str], data: PairData, cfg: Config,
         batch = sources[begin:begin + cfg.sample_batch]
         y = torch.from_numpy(data.rows(batch)).to(place.device)
         with place.autocast():
-            _, length = model.given(y, y != PAD)
-            best = length.argmax(-1) - common.LENGTH_OFFSET + (y != PAD).sum(1)        # (b,)
-            around = torch.arange(cfg.length_beam, device=place.device) - cfg.length_beam // 2
-            lengths = (best[:, None] + around).clamp(3, data.length)
+            (states, of_source, _), length = model.given(y, y != PAD)
+            lengths = common.length_beam(length, of_source.sum(1), cfg.length_beam)
+            lengths = lengths.clamp(3, data.length)
             lengths = lengths.repeat_interleave(cfg.noise_beam, 1).view(-1, 1)  # (b * beams, 1)
             real = torch.arange(int(lengths.max()), device=place.device) < lengths
-            given, _ = model.given(y.repeat_interleave(beams, 0), real)
+            given = (*(g.repeat_interleave(beams, 0) for g in (states, of_source)), real)
             for x in sample(model, real.shape, cfg.sample_steps, given, sampler=cfg.sampler,
                             argmax=cfg.argmax, generator=generator):
                 pass
@@ -1137,9 +1127,6 @@ def figures_of(model: Denoiser, cfg: Config, data: Data, place: common.Setup) ->
     return figures
 
 
-PROBE_TIMES = (np.arange(25) + 0.5) / 25
-
-
 @torch.no_grad()
 def probe(out: str, flags: list[str]) -> dict:
     """What `eval.py collapse` asks: the embeddings (V, D), and at times (n,) the cross_entropy (n,)
@@ -1147,8 +1134,8 @@ def probe(out: str, flags: list[str]) -> dict:
     times; signal (n,) and sigma (n,) of z_t; tokens (at most 500, L) of the split."""
     cfg, place, model, data, _ = open_run(out, ["--eval_sequences", "500", *flags])
     model.eval()
-    table, tokens, nll, count = model.table().float(), [], np.zeros(len(PROBE_TIMES)), 0.0
-    signal, sigma = signal_and_noise(torch.from_numpy(PROBE_TIMES), cfg.shift)
+    table, tokens, nll, count = model.table().float(), [], np.zeros(len(common.PROBE_TIMES)), 0.0
+    signal, sigma = signal_and_noise(torch.from_numpy(common.PROBE_TIMES), cfg.shift)
     for number, (x, y) in enumerate(eval_batches(cfg, data, place)):
         generator = torch.Generator(x.device).manual_seed(common.mix(cfg.seed, 78, number))
         z = F.embedding(x, table)
@@ -1156,14 +1143,15 @@ def probe(out: str, flags: list[str]) -> dict:
         real = x != (-1 if pad_of(data) is None else pad_of(data))
         with place.autocast():
             given, _ = model.given(y, real)
-            for k, t in enumerate(PROBE_TIMES):
+            for k, t in enumerate(common.PROBE_TIMES):
                 z_t = float(signal[k]) * z + float(sigma[k]) * eps
                 log_p = predict(model, z_t, torch.tensor(t, device=x.device), given)
                 nll[k] -= log_p.gather(-1, x[..., None])[..., 0][real].sum().item()
         count += real.sum().item()
         tokens.append(x.cpu())
-    return dict(name=name_of(cfg), method="catdm", times=PROBE_TIMES, cross_entropy=nll / count,
-                signal=signal, sigma=sigma, embeddings=table.detach().cpu(),
+    return dict(name=name_of(cfg), method="catdm", times=common.PROBE_TIMES,
+                cross_entropy=nll / count, signal=signal, sigma=sigma,
+                embeddings=table.detach().cpu(),
                 tokens=None if cfg.task == "pairs" else torch.cat(tokens))
 
 

@@ -90,6 +90,14 @@ def gaussian_posterior(
     return mean, var_ts * (sigma_s / sigma_t) ** 2
 
 
+def ddim(z_t: Tensor, z_0: Tensor, a_t: Tensor, sigma_t: Tensor, a_s: Tensor, sigma_s: Tensor
+         ) -> Tensor:
+    """z_s on the line through z_t and z_0: the same noise, less of it (Song et al. 2021)."""
+    return a_s * z_0 + sigma_s / sigma_t * (z_t - a_t * z_0)
+
+
+PROBE_TIMES = (np.arange(25) + 0.5) / 25  # where `eval.py collapse` asks each script's probe
+
 # ---------------------------------------------------------------------------------------------
 # 2. Networks
 # ---------------------------------------------------------------------------------------------
@@ -293,6 +301,19 @@ def normal_init(module: nn.Module, std: float) -> None:
 LENGTH_CLASSES, LENGTH_OFFSET = 256, 128  # class = target length - source length + 128
 
 
+def length_loss(logits: Tensor, target: Tensor, source: Tensor) -> Tensor:
+    """Sum of the length head's cross-entropies in nats: logits (B, LENGTH_CLASSES), lengths of
+    target and source (B,). Differences beyond the classes count as the outermost."""
+    difference = (target - source + LENGTH_OFFSET).clamp(0, LENGTH_CLASSES - 1)
+    return F.cross_entropy(logits, difference, reduction="sum")
+
+
+def length_beam(logits: Tensor, source: Tensor, beam: int) -> Tensor:
+    """The most probable length of a target and its neighbours, not clamped: (B, beam)."""
+    best = logits.argmax(-1) - LENGTH_OFFSET + source                      # (B,)
+    return best[:, None] + torch.arange(beam, device=logits.device) - beam // 2
+
+
 class EncoderDecoder(nn.Module):
     """Denoiser of a target sentence that sees the source: a post-norm transformer of width d
     between embeddings of width e, and a head that predicts the target's length.
@@ -337,13 +358,10 @@ class EncoderDecoder(nn.Module):
                memory_real: Tensor) -> Tensor:
         """Estimate (B, N, e) float32 from noisy z (B, N, e), times t (B,) in [0, 1] and the
         previous estimate; memory (B, M, d) are the encoder's states."""
-        freqs = torch.exp(-math.log(1e4) * torch.arange(self.d // 2, device=z.device)
-                          / (self.d // 2))
-        angles = 1000.0 * t[:, None] * freqs                               # (B, d / 2)
         h = self.target_in(z)
         if previous is not None:
             h = self.previous(torch.cat([h, self.target_in(previous)], -1))
-        h = h + self.time(torch.cat([angles.cos(), angles.sin()], -1))[:, None]
+        h = h + self.time(sinusoids(1000.0 * t, self.d))[:, None]
         h = self.target_norm(h + self.target_place.weight[: z.shape[1]])
         h = F.dropout(h, self.dropout, self.training)
         for block in self.decoder:

@@ -1092,7 +1092,8 @@ def read_lines(path: Path) -> list[str]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             text = file.read().decode()
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist: give a text file with a sentence per line") from None
+        raise DataError(f"{path} does not exist: give a text file with a sentence per line"
+                        ) from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
     # Only newlines end a line: str.splitlines would also cut at rare signs inside sentences.

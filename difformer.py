@@ -360,9 +360,7 @@ class Difformer(nn.Module):
         ce = F.cross_entropy(logits, y.flatten(), reduction="sum", ignore_index=PAD,
                              label_smoothing=self.cfg.smoothing)
         right = ((logits.argmax(-1) == y.flatten()) & real.flatten()).sum()
-        difference = real.sum(1) - source_lengths + common.LENGTH_OFFSET
-        length_loss = F.cross_entropy(
-            length_logits, difference.clamp(0, common.LENGTH_CLASSES - 1), reduction="sum")
+        length_loss = common.length_loss(length_logits, real.sum(1), source_lengths)
         return square, ce, right.float(), length_loss
 
     def forward(self, x: Tensor, y: Tensor, u: Tensor, eps: Tensor, twice: bool
@@ -448,9 +446,8 @@ def translate(
             if cfg.length:  # Table 18
                 lengths = torch.full((len(batch) * beams,), cfg.length + 2, device=place.device)
             else:
-                best = length_logits.argmax(-1) - common.LENGTH_OFFSET + memory_real.sum(1)  # (b,)
-                around = torch.arange(cfg.length_beam, device=place.device) - cfg.length_beam // 2
-                lengths = (best[:, None] + around).repeat_interleave(cfg.noise_beam, 1).flatten()
+                lengths = common.length_beam(length_logits, memory_real.sum(1), cfg.length_beam)
+                lengths = lengths.repeat_interleave(cfg.noise_beam, 1).flatten()
             lengths = lengths.clamp(2, cfg.max_length)                     # (b * beams,)
             N = min(-(-int(lengths.max()) // 8) * 8, cfg.max_length)
             real = torch.arange(N, device=place.device) < lengths[:, None]
@@ -745,7 +742,6 @@ def score(out: str, flags: list[str]) -> dict:
                 length=cfg.max_length, figures=evaluate(model, cfg, data, place)[0])
 
 
-PROBE_TIMES = (np.arange(25) + 0.5) / 25
 PROBE_SENTENCES = 128
 
 
@@ -768,7 +764,7 @@ def probe(out: str, flags: list[str]) -> dict:
     generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, 78))
     z0, real = model.z0(y), y != PAD
     eps = torch.randn(z0.shape, generator=generator, device=place.device)
-    steps = torch.from_numpy(PROBE_TIMES * cfg.T).long().to(place.device)
+    steps = torch.from_numpy(common.PROBE_TIMES * cfg.T).long().to(place.device)
     signal, sigma = model.noise.at(steps, train=True)
     ce = []
     with place.autocast():
@@ -777,7 +773,7 @@ def probe(out: str, flags: list[str]) -> dict:
             z0_hat = model.denoise(a * z0 + s * eps, step.expand(len(y)), torch.zeros_like(z0),
                                    real, memory, memory_real)
             ce.append(F.cross_entropy(model.logits(z0_hat)[real], y[real]).item())
-    return dict(name="difformer", method="difformer", times=PROBE_TIMES, cross_entropy=ce,
+    return dict(name="difformer", method="difformer", times=common.PROBE_TIMES, cross_entropy=ce,
                 signal=signal, sigma=sigma,
                 embeddings=model.z0(torch.arange(model.V, device=place.device)).cpu())
 

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import common
 from common import RunError, arg
-from data import TOY_BINS, TOYS, TextData, load_dataset
+from data import TOY_BINS, TOYS, TextData, load_dataset, ngram_entropies
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -889,7 +889,6 @@ def report(model, ema, cfg: Config, data: TextData, place, step: int, seconds: f
         return
     print()
     if data.unit in ("char", "byte"):
-        from data import ngram_entropies
         unigram, bigram = ngram_entropies(data, cfg.split)
         result["data_entropy_bits"] = dict(unigram=unigram, bigram=bigram)
         print(f"entropy of {data.name}/{cfg.split}: unigram {unigram:.3f}, bigram {bigram:.3f} "

@@ -4,11 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +15,7 @@ import catdm
 import common
 from catdm import CATDM, Config, Denoiser
 from common import RunError
+from conftest import interrupt, log_of, torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 T = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
@@ -210,7 +206,7 @@ def test_ddim_recovers_z_s_when_the_prediction_is_the_truth():
         (a_t, sigma_t), (a_s, sigma_s) = (
             catdm.signal_and_noise(torch.tensor(v), -1.0) for v in (t, s))
         z_t, z_s = a_t * z_0 + sigma_t * eps, a_s * z_0 + sigma_s * eps
-        assert torch.allclose(catdm.ddim(z_t, z_0, a_t, sigma_t, a_s, sigma_s), z_s, atol=1e-9)
+        assert torch.allclose(common.ddim(z_t, z_0, a_t, sigma_t, a_s, sigma_s), z_s, atol=1e-9)
 
 
 @pytest.mark.parametrize("sampler,steps", [("ancestral", 64), ("ddim", 64)])
@@ -745,7 +741,7 @@ def images_of(data_dir):
 
 
 def losses(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = log_of(folder)
     return {r["step"]: r["loss"] for r in lines if "loss" in r}
 
 
@@ -863,17 +859,10 @@ def test_micro_batches_change_nothing(run, flags):
     assert losses(a) == pytest.approx(losses(b), rel=1e-4)  # float32 sums in another order
 
 
-def torchrun(n, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
-               "--master_port", str(28500 + os.getpid() % 1000), str(ROOT / "catdm.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_two_ranks_equal_one(run, tmp_path, data_dir):
     one = run(6, "--recon_share", "0.5", out="one")
-    done = torchrun(2, *TINY, *images_of(data_dir), "--data_dir", data_dir, "--recon_share", "0.5",
-                    "--out", str(tmp_path / "two"), "--steps", "6")
+    done = torchrun(2, "catdm.py", *TINY, *images_of(data_dir), "--data_dir", data_dir,
+                    "--recon_share", "0.5", "--out", str(tmp_path / "two"), "--steps", "6")
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
     figures = [json.loads((p / "result.json").read_text())["figures"]["nll_bound"]
@@ -883,19 +872,12 @@ def test_two_ranks_equal_one(run, tmp_path, data_dir):
 
 def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path, data_dir):
     out = tmp_path / "a"
-    command = [sys.executable, str(ROOT / "catdm.py"), *TINY, *images_of(data_dir), "--data_dir",
-               data_dir, "--out", str(out), "--save_every", "100000", "--steps", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 120
-    while time.time() < deadline and (not (out / "log.jsonl").exists() or len(losses(out)) < 3):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and "the same command resumes" in printed, errors[-2000:]
+    flags = [*TINY, *images_of(data_dir), "--data_dir", data_dir, "--save_every", "100000"]
+    code, printed, errors = interrupt("catdm.py", out, *flags, "--steps", "100000")
+    assert code == 130 and "the same command resumes" in printed, errors[-2000:]
     step = weights(out)["step"]
     assert step >= 6 and not (out / "result.json").exists()
-    catdm.main([*command[2:-2], "--steps", str(step + 1)])
+    catdm.main([*flags, "--out", str(out), "--steps", str(step + 1)])
     assert weights(out)["step"] == step + 1
 
 

@@ -7,8 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import difformer
 import difformer_factors
 import eval as metrics
 from common import RunError
+from conftest import log_of, torchrun
 from data import PairData
 from difformer import Config, Difformer, Noise
 
@@ -54,7 +53,7 @@ def run(tmp_path):
 
 
 def losses(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = log_of(folder)
     return {r["step"]: r["cross_entropy"] + r["mse"] for r in lines if "mse" in r}
 
 
@@ -573,11 +572,8 @@ def test_micro_batches_change_nothing(run):
 
 def test_two_ranks_equal_one(run, tmp_path):
     one = run(4, "--dropout", "0", out="one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               "--master_port", str(29500 + os.getpid() % 1000), str(ROOT / "difformer.py"),
-               *TINY, "--dropout", "0", "--out", str(tmp_path / "two"), "--steps", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun(2, "difformer.py", *TINY, "--dropout", "0", "--out", str(tmp_path / "two"),
+                    "--steps", "4")
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
 

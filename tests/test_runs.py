@@ -1,11 +1,8 @@
 """Whole runs: training, resuming, ranks, interruption, sampling, scoring and what goes wrong."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import cadd
 import common
 import eval as catdiff_eval
 from common import RunError
+from conftest import interrupt, log_of, torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device", "cpu", "--dim", "16", "--heads", "2", "--depth", "1", "--length", "16",
@@ -40,7 +38,7 @@ def run(tmp_path, data_dir):
 
 
 def losses(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = log_of(folder)
     return {r["step"]: r["bound_nats"] for r in lines if "bound_nats" in r}
 
 
@@ -104,43 +102,29 @@ def test_micro_batches_change_nothing(run):
     assert losses(a) == pytest.approx(losses(b), rel=1e-4)  # float32 sums in another order
 
 
-def torchrun(n, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
-               "--master_port", str(29500 + os.getpid() % 1000), str(ROOT / "cadd.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_two_ranks_equal_one_and_a_run_moves_between_them(run, tmp_path, data_dir):
     """The same loss curve to float tolerance; then two ranks resume what one rank began."""
     one = run(6, out="one")
     common_flags = [*TINY, "--data_dir", data_dir]
-    done = torchrun(2, *common_flags, "--out", str(tmp_path / "two"), "--steps", "6")
+    done = torchrun(2, "cadd.py", *common_flags, "--out", str(tmp_path / "two"), "--steps", "6")
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
     figures = [json.loads((p / "result.json").read_text())["figures"]["nll_prior"]
                for p in (one, tmp_path / "two")]
     assert figures[0]["draws"] == figures[1]["draws"]
-    done = torchrun(2, *common_flags, "--out", str(one), "--steps", "10")
+    done = torchrun(2, "cadd.py", *common_flags, "--out", str(one), "--steps", "10")
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(one) == pytest.approx(losses(run(10, out="three")), rel=1e-4)
 
 
 def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path, data_dir):
     out = tmp_path / "a"
-    command = [sys.executable, str(ROOT / "cadd.py"), *TINY, "--data_dir", data_dir, "--out",
-               str(out), "--save_every", "100000", "--steps", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 120
-    while time.time() < deadline and (not (out / "log.jsonl").exists() or len(losses(out)) < 3):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and "the same command resumes" in printed, errors[-2000:]
+    flags = [*TINY, "--data_dir", data_dir, "--save_every", "100000"]
+    code, printed, errors = interrupt("cadd.py", out, *flags, "--steps", "100000")
+    assert code == 130 and "the same command resumes" in printed, errors[-2000:]
     step = weights(out)["step"]
     assert step >= 6 and not (out / "result.json").exists()
-    cadd.main([*command[2:-2], "--steps", str(step + 1)])
+    cadd.main([*flags, "--out", str(out), "--steps", str(step + 1)])
     assert weights(out)["step"] == step + 1
 
 

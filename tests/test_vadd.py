@@ -4,9 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ import eval as metrics
 import vadd
 import vadd_toys
 from common import RunError
+from conftest import torchrun
 from data import DATASETS, TOYS, load_dataset
 from vadd import VADD, Config, Mixture
 
@@ -628,11 +626,8 @@ def test_micro_batches_change_nothing(run):
 
 def test_two_ranks_equal_one(run, tmp_path, data_dir):
     one = run(6, kind=TEXT, out="one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
-               str(30500 + os.getpid() % 1000), str(ROOT / "vadd.py"), *TEXT,
-               "--data_dir", data_dir, "--out", str(tmp_path / "two"), "--steps", "6"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun(2, "vadd.py", *TEXT, "--data_dir", data_dir, "--out", str(tmp_path / "two"),
+                    "--steps", "6")
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
 
