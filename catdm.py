@@ -694,7 +694,7 @@ def load_step(cfg: Config, data: Data, step: int, place: common.Setup) -> list[t
         def put(array):
             if isinstance(array, np.ndarray):
                 array = torch.from_numpy(array)
-            if array is not None and place.device.type == "cuda":
+            if array is not None and place.on_cuda:
                 array = array.pin_memory()
             return array if array is None else array.to(place.device, non_blocking=True)
         rows = put(index)
@@ -761,7 +761,6 @@ def build(cfg: Config, data: Data, place: common.Setup):
     """Model, what to call in training (compiled, DDP), optimizer and EMA of the student."""
     model = CATDM(cfg, data.vocab_size, data.length, len(getattr(data, "classes", ())),
                   pad_of(data)).to(place.device)
-    on_cuda = place.device.type == "cuda"
     # Decay would shorten the embeddings, whose length is the loss's business.
     own = [p for name, p in model.student.named_parameters()
            if p.requires_grad and name != "embed.weight"]
@@ -770,11 +769,11 @@ def build(cfg: Config, data: Data, place: common.Setup):
     optimizer = torch.optim.AdamW(groups, cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8,
                                   weight_decay=cfg.weight_decay, fused=True)
     net = model
-    if cfg.compile and on_cuda:
+    if cfg.compile and place.on_cuda:
         net = compiled(model, cfg, place)
     if place.world > 1:
-        net = DistributedDataParallel(net, device_ids=[place.device.index] if on_cuda else None,
-                                      gradient_as_bucket_view=True)
+        devices = [place.device.index] if place.on_cuda else None
+        net = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
     return model, net, optimizer, common.EMA(model.student, cfg.ema)
 
 
@@ -818,7 +817,8 @@ def train(cfg: Config, place: common.Setup) -> None:
     if place.is_main:
         print(f"{data.name}: {data.vocab_size:,} symbols, {data.length} tokens | "
               f"{parameters / 1e6:.1f}M parameters | {info['hardware']}")
-        print(f"{'resuming at step ' + str(step) if resumed else 'training'} -> {out}")
+        print(f"{'resuming at step ' + str(step) if resumed else 'training'} -> {out}"
+              + (", once compiled: one to three minutes" if cfg.compile and place.on_cuda else ""))
     start = dict(method="catdm", argv=sys.argv[1:], config=dataclasses.asdict(cfg),
                  parameters=parameters, **info)
     progress = common.Progress(out, place, start, step, cfg.steps, keep=resumed)
@@ -839,7 +839,7 @@ def train(cfg: Config, place: common.Setup) -> None:
         stats += train_step(net, model, optimizer, ema, cfg, step, batches, place)
         step += 1
         if first:  # compilation is not training time
-            if place.device.type == "cuda":
+            if place.on_cuda:
                 torch.cuda.synchronize()
             clock, first, mark = time.time(), False, (step, time.time())
         now = time.time()
@@ -1173,18 +1173,18 @@ def bench(cfg: Config, place: common.Setup) -> None:
     else:
         data = load(cfg)
     model, net, optimizer, ema = build(cfg, data, place)
-    on_cuda, begin, tokens = place.device.type == "cuda", time.time(), 0
+    begin, tokens = time.time(), 0
     for step in range(cfg.bench_steps + 5):
         if step == 5:
-            on_cuda and torch.cuda.synchronize()
+            place.on_cuda and torch.cuda.synchronize()
             warm, begin, tokens = time.time() - begin, time.time(), 0
         batches = load_step(cfg, data, step, place)
         tokens += place.world * sum(x.numel() for x, *_ in batches)
         train_step(net, model, optimizer, ema, cfg, step, batches, place)
-    on_cuda and torch.cuda.synchronize()
+    place.on_cuda and torch.cuda.synchronize()
     rate = tokens / (time.time() - begin)
     use = common.utilisation(rate * flops_per_token(model), place)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
+    memory = torch.cuda.max_memory_allocated() / 2**30 if place.on_cuda else None
     record = dict(
         dataset=cfg.dataset, batch=cfg.batch_size, length=data.length,
         parameters=sum(p.numel() for p in model.student.parameters()), tokens_per_s=round(rate),

@@ -661,6 +661,10 @@ class Setup:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
@@ -783,7 +787,7 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
 def rng_states(place: Setup) -> list[dict]:
     """The random state of every rank (for dropout: all other noise is a function of the step)."""
     mine = {"cpu": torch.get_rng_state()}
-    if place.device.type == "cuda":
+    if place.on_cuda:
         mine["cuda"] = torch.cuda.get_rng_state(place.device)
     if place.world == 1:
         return [mine]
@@ -796,7 +800,7 @@ def restore_rng(states: list[dict], place: Setup, step: int) -> None:
     """Exact on the same number of ranks; another layout starts fresh dropout streams."""
     if len(states) == place.world:
         torch.set_rng_state(states[place.rank]["cpu"].cpu())
-        if place.device.type == "cuda" and "cuda" in states[place.rank]:
+        if place.on_cuda and "cuda" in states[place.rank]:
             torch.cuda.set_rng_state(states[place.rank]["cuda"].cpu(), place.device)
     else:
         torch.manual_seed(mix(step, place.rank))
@@ -814,7 +818,7 @@ def environment(place: Setup) -> dict:
             commit += "+changes" if subprocess.run(status, **run).stdout.strip() else ""
     except (OSError, subprocess.SubprocessError):
         commit = "unknown"
-    if place.device.type == "cuda":
+    if place.on_cuda:
         hardware = f"{place.world} x {torch.cuda.get_device_name(place.device)}"
     else:
         hardware = f"{place.world} x CPU, {torch.get_num_threads()} threads, {platform.machine()}"
@@ -829,7 +833,7 @@ PEAK_BF16 = {  # dense bf16 FLOP/s by the vendor's data sheets, without sparsity
 
 def utilisation(flops_per_s: float, place: Setup) -> float | None:
     """Model FLOP/s over the devices' peak, None where the peak is not known."""
-    if place.device.type != "cuda" or not place.amp:
+    if not place.on_cuda or not place.amp:
         return None
     name = torch.cuda.get_device_name(place.device)
     peak = next((v for k, v in PEAK_BF16.items() if k in name), None)

@@ -508,9 +508,8 @@ def load_step(cfg: Config, data: PairData, step: int, place: common.Setup) -> tu
     number of ranks changes nothing; a batch of 64K tokens costs it 33 MB of noise.
     """
     def load(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        on_cuda = place.device.type == "cuda"  # the copy from pinned memory waits for nothing
-        return tensor.pin_memory().to(place.device, non_blocking=True) if on_cuda else tensor
+        tensor = torch.from_numpy(array)  # the copy from pinned memory waits for nothing
+        return tensor.pin_memory().to(place.device, non_blocking=True) if place.on_cuda else tensor
 
     x, y = data.train_batch(cfg.seed, step, cfg.batch_tokens)
     n, tokens = len(x), int((y != PAD).sum())
@@ -550,12 +549,11 @@ def train_step(net, model: Difformer, optimizer, ema, cfg: Config, step: int, ba
 def build(cfg: Config, vocab_size: int, place: common.Setup):
     """Model, what to call in training (compiled, DDP), optimizer and EMA."""
     model = Difformer(cfg, vocab_size).to(place.device)
-    on_cuda = place.device.type == "cuda"
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8,
                                   weight_decay=cfg.weight_decay, fused=True)
     net = model
-    if cfg.compile and on_cuda:
+    if cfg.compile and place.on_cuda:
         model.compile_training()
         # The first call decides which sizes vary on their own: those that are equal in it would
         # be taken for one and compiled again when they differ, so it is not a real batch.
@@ -567,7 +565,8 @@ def build(cfg: Config, vocab_size: int, place: common.Setup):
         loss.backward()
         optimizer.zero_grad(set_to_none=True)
     if place.world > 1:
-        net = DistributedDataParallel(net, device_ids=[place.device.index] if on_cuda else None)
+        devices = [place.device.index] if place.on_cuda else None
+        net = DistributedDataParallel(net, device_ids=devices)
     return model, net, optimizer, common.EMA(model, cfg.ema)
 
 
@@ -612,7 +611,8 @@ def train(cfg: Config, place: common.Setup) -> None:
     if place.is_main:
         print(f"{data.name}: {data.pairs:,} pairs, {data.vocab_size:,} tokens | F "
               f"{model.factor:g} | {parameters / 1e6:.1f}M parameters | {info['hardware']}")
-        print(f"{'resuming at step ' + str(step) if resumed else 'training'} -> {out}")
+        print(f"{'resuming at step ' + str(step) if resumed else 'training'} -> {out}"
+              + (", once compiled: one to three minutes" if cfg.compile and place.on_cuda else ""))
     start = dict(method="difformer", argv=sys.argv[1:], config=dataclasses.asdict(cfg),
                  parameters=parameters, factor=model.factor, **info)
     progress = common.Progress(out, place, start, step, cfg.steps, keep=resumed)
@@ -633,7 +633,7 @@ def train(cfg: Config, place: common.Setup) -> None:
         stats += train_step(net, model, optimizer, ema, cfg, step, batches, *sizes, place)
         counts, step = counts + sizes, step + 1
         if first:  # compilation is not training time
-            if place.device.type == "cuda":
+            if place.on_cuda:
                 torch.cuda.synchronize()
             clock, first, mark = time.time(), False, (counts[1], time.time())
         now = time.time()
@@ -799,16 +799,15 @@ def bench(cfg: Config, place: common.Setup) -> None:
     cfg.factor = cfg.factor or 4.0
     model, net, optimizer, ema = build(cfg, cfg.vocab, place)
     ids = torch.randint(3, cfg.vocab, (2, n, L), device=place.device)
-    on_cuda = place.device.type == "cuda"
     for step in range(cfg.bench_steps + 6):
         if step == 6:
-            on_cuda and torch.cuda.synchronize()
+            place.on_cuda and torch.cuda.synchronize()
             begin = time.time()
         u = torch.rand(n, device=place.device)
         eps = torch.randn(n, L, cfg.embed_dim, device=place.device)
         batch, world = (ids[0], ids[1], u, eps, step % 2 == 0), place.world
         train_step(net, model, optimizer, ema, cfg, step, [batch], n * world, n * L * world, place)
-    on_cuda and torch.cuda.synchronize()
+    place.on_cuda and torch.cuda.synchronize()
     seconds = (time.time() - begin) / cfg.bench_steps
     use = common.utilisation(n * world / seconds * flops_per_pair(model, L, L), place)
     record = dict(
@@ -816,7 +815,7 @@ def bench(cfg: Config, place: common.Setup) -> None:
         parameters=sum(p.numel() for p in model.parameters()),
         target_tokens_per_s=round(n * world * L / seconds),
         ms_per_step=round(1000 * seconds, 2), mfu=use and round(use, 4),
-        peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_cuda else None,
+        peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if place.on_cuda else None,
         **common.environment(place))
     place.is_main and print(json.dumps(record))
 

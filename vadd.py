@@ -696,7 +696,7 @@ def load_noise(cfg: Config, data: TextData, step: int, index: Tensor, place: com
     rows, so the number of ranks and the micro-batch size change nothing.
     """
     x0 = torch.from_numpy(data.train_batch(cfg.seed, step, cfg.batch_size, index.numpy()))
-    if place.device.type == "cuda":
+    if place.on_cuda:
         x0 = x0.pin_memory()
     x0, rows = (x.to(place.device, non_blocking=True) for x in (x0, index))
     shift = np.random.default_rng(common.mix(cfg.seed, step, 1)).random()
@@ -739,13 +739,12 @@ def train_step(net, model: VADD, optimizer, ema, cfg: Config, step: int, batches
 def build(cfg: Config, vocab_size: int, place: common.Setup):
     """Model, what to call in training (compiled, DDP), optimizer and EMA."""
     model = VADD(cfg, vocab_size).to(place.device)
-    on_cuda = place.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8,
                                   weight_decay=cfg.weight_decay, fused=True)
-    net = torch.compile(model, dynamic=False) if cfg.compile and on_cuda else model
+    net = torch.compile(model, dynamic=False) if cfg.compile and place.on_cuda else model
     if place.world > 1:
-        net = DistributedDataParallel(net, device_ids=[place.device.index] if on_cuda else None,
-                                      gradient_as_bucket_view=True)
+        devices = [place.device.index] if place.on_cuda else None
+        net = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
     return model, net, optimizer, common.EMA(model, cfg.ema)
 
 
@@ -792,7 +791,8 @@ def train(cfg: Config, place: common.Setup) -> None:
         print(f"{data.name}: {data.num_sequences('train'):,} sequences of {data.length} "
               f"{data.unit}s, {data.vocab_size} symbols | {parameters / 1e6:.1f}M parameters | "
               f"{info['hardware']}")
-        print(f"{'resuming at step ' + str(step) if resumed else 'training'} -> {out}")
+        print(f"{'resuming at step ' + str(step) if resumed else 'training'} -> {out}"
+              + (", once compiled: one to three minutes" if cfg.compile and place.on_cuda else ""))
     start = dict(method="vadd", argv=sys.argv[1:], config=dataclasses.asdict(cfg),
                  parameters=parameters, **info)
     progress = common.Progress(out, place, start, step, cfg.steps, keep=resumed)
@@ -813,7 +813,7 @@ def train(cfg: Config, place: common.Setup) -> None:
         stats += train_step(net, model, optimizer, ema, cfg, step, batches, place)
         step += 1
         if first:  # compilation is not training time
-            if place.device.type == "cuda":
+            if place.on_cuda:
                 torch.cuda.synchronize()
             clock, first, mark = time.time(), False, (step, time.time())
         now = time.time()
@@ -993,19 +993,19 @@ def bench(cfg: Config, place: common.Setup) -> None:
     data = TextData(cfg.dataset, V, cfg.length, "token", {"train": tokens}, codec=None)
     model, net, optimizer, ema = build(cfg, V, place)
     [index] = common.micro_batches(cfg.batch_size, cfg.micro_batch, place)
-    on_cuda, begin = place.device.type == "cuda", time.time()
+    begin = time.time()
     for step in range(cfg.bench_steps + 5):
         if step == 5:
-            on_cuda and torch.cuda.synchronize()
+            place.on_cuda and torch.cuda.synchronize()
             warm, begin = time.time() - begin, time.time()
         batch = load_noise(cfg, data, step, index, place)
         train_step(net, model, optimizer, ema, cfg, step, [batch], place)
-    on_cuda and torch.cuda.synchronize()
+    place.on_cuda and torch.cuda.synchronize()
     seconds = (time.time() - begin) / cfg.bench_steps
     rate = cfg.batch_size * cfg.length / seconds
     use = common.utilisation(rate * flops_per_token(model, cfg.length), place) \
         if cfg.net == "dit" else None
-    memory = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
+    memory = torch.cuda.max_memory_allocated() / 2**30 if place.on_cuda else None
     record = dict(
         dataset=cfg.dataset, method=name_of(cfg), batch=cfg.batch_size, length=cfg.length,
         parameters=sum(p.numel() for p in model.parameters()), tokens_per_s=round(rate),

@@ -90,16 +90,16 @@ class Stack:
             self.models.append(vadd.VADD(cfg, TOY_BINS).to(place.device))
         params, _ = stack_module_state(self.models)
         self.params = {k: v.detach().requires_grad_() for k, v in params.items()}   # (R, ...) each
-        on_cuda, skeleton = place.device.type == "cuda", self.models[0]
+        skeleton = self.models[0]
         self.lr = torch.zeros((), device=place.device)
         self.optimizer = torch.optim.AdamW(
             list(self.params.values()), lr=self.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-            capturable=on_cuda, fused=True)
+            capturable=place.on_cuda, fused=True)
 
         def losses(params, x0, t, u, eps, valid, kl_weight):
             return vmap(lambda p, *batch: functional_call(skeleton, p, (*batch, kl_weight))[0])(
                 params, x0, t, u, eps, valid)                             # (R,)
-        self.losses = torch.compile(losses, dynamic=False) if compiled and on_cuda else losses
+        self.losses = torch.compile(losses, dynamic=False) if compiled and place.on_cuda else losses
         self.static: list[Tensor] = []
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -118,7 +118,7 @@ class Stack:
 
     def __call__(self, parts: list[Tensor]) -> Tensor:
         """`run`, on a GPU as a CUDA graph from the second call on."""
-        if self.place.device.type != "cuda":
+        if not self.place.on_cuda:
             return self.run(parts)
         if not self.static:  # the first call compiles and allocates, on a side stream as graphs ask
             self.static = [p.clone() for p in parts]
