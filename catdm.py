@@ -1068,17 +1068,21 @@ class Judge:
                 F.cross_entropy(self.head(self.features(x)), y).backward()
                 optimizer.step()
                 optimizer.zero_grad()
+        self.real_features = self.all_features(self.real[0])
 
     def features(self, x: Tensor) -> Tensor:
         """(n, L) -> (n, 64)."""
         return self.net(self.embed(x).transpose(1, 2))
 
     @torch.no_grad()
+    def all_features(self, x: Tensor) -> Tensor:
+        return torch.cat([self.features(part) for part in x.split(512)]).double()
+
+    @torch.no_grad()
     def grade(self, x: Tensor, y: Tensor) -> dict[str, float]:
         """Samples (n, L) of classes y (n,): the share recognised, and the Fréchet distance of
         their features to the valid split's (FID with this network; it grows as n falls)."""
-        h, real = (torch.cat([self.features(part) for part in a.split(512)]).double()
-                   for a in (x, self.real[0]))
+        h, real = self.all_features(x), self.real_features
         right = (self.head(h.float()).argmax(-1) == y).double().mean().item()
         mean = (h.mean(0) - real.mean(0)).square().sum()
         a, b = h.T.cov(), real.T.cov()
