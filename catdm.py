@@ -81,6 +81,8 @@ class Config(common.RunConfig):
                          fixed=True)
     shift: float = arg(-1.0, "s of section 4.3, added to log-SNR; Difformer's rescaling by F is "
                        "-2 ln F", -30, 30, fixed=True)
+    logsnr_max: float = arg(15.0, "log-SNR, before the shift, where the diffusion ends and tokens "
+                            "are read off z; 15: at t = 0", -5, 15, fixed=True)
     dropping: str = arg("fixed", "share of tokens dropped: fixed, rand_drop (uniform for each "
                         "sample), linear (t) (Table 6)", choices=("fixed", "rand_drop", "linear"),
                         fixed=True)
@@ -133,11 +135,17 @@ class Config(common.RunConfig):
     # Evaluation
     split: str = arg("valid", "split to evaluate", choices=("train", "valid", "test"))
     bound_end: float = arg(100.0, "log-SNR, before the shift, where the bound's diffusion ends and "
-                           "x is decoded; above 15: the best of BOUND_ENDS on training data",
+                           "x is decoded, at most --logsnr_max; above 15: the best of BOUND_ENDS "
+                           "on training data",
                            -15, 100)
     eval_draws: int = arg(4, "draws of (t, z_t, z_0) per sequence", 1, 10**6)
     eval_sequences: int = arg(0, "sequences to evaluate; 0: the whole split", 0, 10**9)
     bench_steps: int = arg(20, "timed steps of --mode bench", 1, 10**6)
+
+    @property
+    def t_0(self) -> float:
+        """The time at which the diffusion ends."""
+        return time_of(self.logsnr_max) if self.logsnr_max < LOGSNR else 0.0
 
     @property
     def task(self) -> str:
@@ -208,6 +216,11 @@ def logsnr(t: Tensor, shift: float) -> Tensor:
     Eq. 8) divides it by F^2: the same with s = -2 ln F, so its DGS is a rule for choosing s.
     """
     return (-2 * torch.log(torch.tan(math.pi / 2 * t.double()))).clamp(-LOGSNR, LOGSNR) + shift
+
+
+def time_of(unshifted: float) -> float:
+    """The t at which -2 ln tan(pi t / 2) is `unshifted`."""
+    return 2 / math.pi * math.atan(math.exp(-unshifted / 2))
 
 
 def signal_and_noise(t: Tensor, shift: float) -> tuple[Tensor, Tensor]:
@@ -374,14 +387,17 @@ class CATDM(nn.Module):
         """Algorithm 1, lines 3 to 6: sums (3,) of L_0 and of the rest over tokens, and of the
         length loss over sentences, in nats.
 
-        x (B, L) ids, y labels (B,), sources (B, M) or None, t (B,), u (B, L + 3) uniform noise
-        (dropping, its ratio, s, labels), eps (B, L, D) and eps0 (n, L, D) normal noise: L_0 is
-        taken on the first n samples. All terms are sums over D. Also statistics (5, 10): by tenth
-        of t L_DM, L_CM, cross-entropy, tokens; the last row holds L_0, its tokens, the rest.
+        x (B, L) ids, y labels (B,), sources (B, M) or None, t (B,) uniform in [0, 1], which
+        becomes a time in [t_0, 1], u (B, L + 3) uniform noise (dropping, its ratio, s, labels),
+        eps (B, L, D) and eps0 (n, L, D) normal noise: L_0, at t_0, is taken on the first n
+        samples. All terms are sums over D. Also statistics (5, 10): by tenth of t L_DM, L_CM,
+        cross-entropy, tokens; the last row holds L_0, its tokens, the rest.
         """
         cfg, student, teacher = self.cfg, self.student, self.teacher
         (B, L), n, catdm = x.shape, len(eps0), self.cfg.objective == "catdm"
         drop, (ratio, back, hide) = u[:, :L], u[:, L:].unbind(1)
+        t_0 = cfg.t_0
+        t = t_0 + (1 - t_0) * t
         real = x != self.pad if self.pad is not None else torch.ones_like(x, dtype=torch.bool)
         if y is not None and cfg.task == "images":
             y = torch.where(hide < cfg.null_labels, student.classes, y)
@@ -401,7 +417,7 @@ class CATDM(nn.Module):
         a_t, sigma_t = coefficients(t)
         z_t = a_t * z_in + sigma_t * eps
         # L_0 has a pass of its own, without dropping: Theorem 1 needs x to be decoded from z_0.
-        zero = torch.zeros_like(t[:n])
+        zero = torch.full_like(t[:n], t_0)
         a_0, sigma_0 = coefficients(zero)
         z_0 = a_0 * z[:n] + sigma_0 * eps0
         given, length_logits = student.given(y, real)
@@ -421,7 +437,7 @@ class CATDM(nn.Module):
             kl = ce  # CATDM-CE of Table 10
         elif catdm and cfg.cm == "cm":
             with torch.no_grad():  # Eq. 3: the teacher one DDIM step nearer to x, at s < t
-                s = back * t
+                s = t_0 + back * (t - t_0)
                 a_s, sigma_s = coefficients(s)
                 z_bar = F.embedding(x, teacher.table())
                 z_s = common.ddim(z_t, z_bar, a_t, sigma_t, a_s, sigma_s)
@@ -430,7 +446,7 @@ class CATDM(nn.Module):
         if catdm:
             rest = cfg.beta_dm * square + cfg.beta_cm * kl
         else:  # Eq. 2
-            weight = diffusion_weight(t, cfg.shift)[:, None]
+            weight = (1 - t_0) * diffusion_weight(t, cfg.shift)[:, None]
             rest = weight.float() * square + prior_kl(z, cfg.shift)
         rest, length = (rest * real).sum(), torch.zeros_like(rest[0, 0])
         if length_logits is not None:  # B.3: the target's length from the encoder's output
@@ -487,12 +503,12 @@ def sample(
     sample. `given` comes from Denoiser.given.
 
     ancestral draws z_s from p(z_s | z_t) of Eq. 1; ddim takes the deterministic step below Eq. 3.
-    Before the last call the tokens are the most probable ones.
+    The steps end at t_0. Before the last call the tokens are the most probable ones.
     """
     table = model.table().double()
     noise = dict(generator=generator, device=table.device)
     z = torch.randn(*shape, table.shape[1], **noise)
-    clock = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=table.device)
+    clock = torch.linspace(1, model.cfg.t_0, steps + 1, dtype=torch.float64, device=table.device)
     for t, s in zip(clock[:-1], clock[1:]):
         log_p = predict(model, z, t, given, guidance)
         yield log_p.argmax(-1)
@@ -515,11 +531,6 @@ def sample(
 
 
 BOUND_ENDS = (LOGSNR, 8.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0)
-
-
-def time_of(unshifted: float) -> float:
-    """The t at which -2 ln tan(pi t / 2) is `unshifted`."""
-    return 2 / math.pi * math.atan(math.exp(-unshifted / 2))
 
 
 @torch.no_grad()
@@ -590,8 +601,10 @@ def evaluate(model: Denoiser, cfg: Config, data: Data, place: common.Setup) -> d
     model.eval()
     end = cfg.bound_end
     if end > LOGSNR:
-        sums = [place.sum(terms(e, "train", 128, cfg.seed).sum()) for e in BOUND_ENDS]
-        end = BOUND_ENDS[int(torch.stack(sums).argmin())]
+        ends = [cfg.logsnr_max, *(e for e in BOUND_ENDS if e < cfg.logsnr_max)]
+        sums = [place.sum(terms(e, "train", 128, cfg.seed).sum()) for e in ends]
+        end = ends[int(torch.stack(sums).argmin())]
+    end = min(end, cfg.logsnr_max)
     values = terms(end, cfg.split, cfg.eval_sequences, common.mix(cfg.seed, place.rank))
     model.train()
     unit = getattr(data, "unit", "token")
@@ -1140,7 +1153,8 @@ def probe(out: str, flags: list[str]) -> dict:
     cfg, place, model, data, _ = open_run(out, ["--eval_sequences", "500", *flags])
     model.eval()
     table, tokens, nll, count = model.table().float(), [], np.zeros(len(common.PROBE_TIMES)), 0.0
-    signal, sigma = signal_and_noise(torch.from_numpy(common.PROBE_TIMES), cfg.shift)
+    times = np.maximum(common.PROBE_TIMES, cfg.t_0)  # z stays as it is where the diffusion ends
+    signal, sigma = signal_and_noise(torch.from_numpy(times), cfg.shift)
     for number, (x, y) in enumerate(eval_batches(cfg, data, place)):
         generator = torch.Generator(x.device).manual_seed(common.mix(cfg.seed, 78, number))
         z = F.embedding(x, table)
@@ -1148,7 +1162,7 @@ def probe(out: str, flags: list[str]) -> dict:
         real = x != (-1 if pad_of(data) is None else pad_of(data))
         with place.autocast():
             given, _ = model.given(y, real)
-            for k, t in enumerate(common.PROBE_TIMES):
+            for k, t in enumerate(times):
                 z_t = float(signal[k]) * z + float(sigma[k]) * eps
                 log_p = predict(model, z_t, torch.tensor(t, device=x.device), given)
                 nll[k] -= log_p.gather(-1, x[..., None])[..., 0][real].sum().item()

@@ -209,20 +209,24 @@ def test_ddim_recovers_z_s_when_the_prediction_is_the_truth():
         assert torch.allclose(common.ddim(z_t, z_0, a_t, sigma_t, a_s, sigma_s), z_s, atol=1e-9)
 
 
-@pytest.mark.parametrize("sampler,steps", [("ancestral", 64), ("ddim", 64)])
-def test_samples_of_the_exact_posterior_follow_the_world(sampler, steps):
-    """20,000 samples; the tolerance is 5 standard errors and what 64 steps leave."""
+@pytest.mark.parametrize("sampler,end", [("ancestral", 15.0), ("ddim", 15.0), ("ancestral", 4.0)])
+def test_samples_of_the_exact_posterior_follow_the_world(sampler, end):
+    """20,000 samples; the tolerance is 5 standard errors and what 64 steps leave. At log-SNR 4
+    the tokens are all but certain already."""
     torch.manual_seed(0)
-    n = 20_000
-    for x in catdm.sample(Oracle(), (n, L), steps, sampler=sampler):
+    n, model = 20_000, Oracle()
+    model.cfg.logsnr_max = end
+    for x in catdm.sample(model, (n, L), 64, sampler=sampler):
         pass
     freq = torch.bincount(x[:, 0] * V + x[:, 1], minlength=9) / n
     assert (freq - P).abs().max() < 5 * math.sqrt(0.3 * 0.7 / n) + 0.005
 
 
-def test_ancestral_steps_use_the_general_posterior(monkeypatch):
+@pytest.mark.parametrize("end,t_0", [(15.0, 0.0), (0.0, 0.5)])
+def test_ancestral_steps_use_the_general_posterior(monkeypatch, end, t_0):
     """One step by hand: Eq. 1 with the softmax-weighted embedding and the schedule's ends."""
     model, seen = Oracle(), []
+    model.cfg.logsnr_max = end
 
     def record(z_t, z_0, *path):
         seen.append((z_t, z_0, path))
@@ -232,7 +236,7 @@ def test_ancestral_steps_use_the_general_posterior(monkeypatch):
     calls = list(catdm.sample(model, (4, L), 3))
     assert len(calls) == 4 and len(seen) == 3
     for k, (z_t, z_0, path) in enumerate(seen):
-        t, s = 1 - k / 3, 1 - (k + 1) / 3
+        t, s = 1 - k / 3 * (1 - t_0), 1 - (k + 1) / 3 * (1 - t_0)
         t, s = (torch.tensor(v, dtype=torch.float64).clamp_min(0) for v in (t, s))
         want = *catdm.signal_and_noise(t, -1.0), *catdm.signal_and_noise(s, -1.0)
         assert torch.allclose(torch.stack(path), torch.stack(want), atol=1e-7)
@@ -404,19 +408,21 @@ def reference_loss(model, x, y, t, u, eps, eps0, cfg):
     def coef(t):
         snr = math.exp(max(-15, min(15, -2 * math.log(math.tan(math.pi * t / 2)))) + cfg.shift)
         return math.sqrt(snr / (1 + snr)), math.sqrt(1 / (1 + snr))
+    # where logsnr_max is reached: 15 is t = 0
+    end = 2 / math.pi * math.atan(math.exp(-cfg.logsnr_max / 2)) if cfg.logsnr_max < 15 else 0.0
     first = rest = 0.0
     for i in range(len(x)):
         label = y[i:i + 1] if u[i, -1] >= cfg.null_labels else torch.tensor([3])
-        ti = t[i].item()
+        ti = end + (1 - end) * t[i].item()
         share = {"fixed": cfg.drop, "rand_drop": u[i, 7].item(), "linear": ti}[cfg.dropping]
         keep = (u[i, :7] >= share).float()[:, None] if cfg.drop else torch.ones(7, 1)
         gone = student.dropped if cfg.dropped == "learned" else torch.zeros(4)
         a_t, sigma_t = coef(ti)
         z_t = a_t * (E[x[i]] * keep + gone * (1 - keep)) + sigma_t * eps[i]
-        log_p = student(z_t[None], t[i:i + 1], (label,))[0].log_softmax(-1)
+        log_p = student(z_t[None], torch.tensor([ti]), (label,))[0].log_softmax(-1)
         z_hat = log_p.exp() @ E
         dm = (E[x[i]] - z_hat).square().sum()
-        s = ti * u[i, 8].item()
+        s = end + (ti - end) * u[i, 8].item()
         a_s, sigma_s = coef(s)
         z_s = (a_s * E_bar[x[i]] + sigma_s / sigma_t * (z_t - a_t * E_bar[x[i]])).detach()
         q = teacher(z_s[None], torch.tensor([s]), (label,))[0].log_softmax(-1).detach()
@@ -424,17 +430,17 @@ def reference_loss(model, x, y, t, u, eps, eps0, cfg):
               "ce": F.nll_loss(log_p, x[i], reduction="sum"), "none": 0.0}[cfg.cm]
         rest = rest + cfg.beta_dm * dm + cfg.beta_cm * cm
         if i < len(eps0):
-            a_0, sigma_0 = coef(1e-9)
+            a_0, sigma_0 = coef(end or 1e-9)
             z_0 = a_0 * E[x[i]] + sigma_0 * eps0[i]
-            first = first + F.cross_entropy(student(z_0[None], torch.zeros(1), (label,))[0], x[i],
-                                            reduction="sum")
+            first = first + F.cross_entropy(student(z_0[None], torch.tensor([end]), (label,))[0],
+                                            x[i], reduction="sum")
     return first, rest
 
 
 @pytest.mark.parametrize("flags", [
     {}, {"cm": "ce"}, {"cm": "none"}, {"dropping": "rand_drop"}, {"dropping": "linear"},
     {"drop": 0.0}, {"dropped": "learned", "drop": 0.5}, {"shift": 0.7}, {"l2_norm": 1.5},
-    {"beta_dm": 0.3, "beta_cm": 2.0}, {"null_labels": 0.6}])
+    {"beta_dm": 0.3, "beta_cm": 2.0}, {"null_labels": 0.6}, {"logsnr_max": 0.5}])
 def test_loss_and_all_gradients_follow_algorithm_1(flags):
     """Gradients reach the embeddings through z_t, both sides of L_DM and L_0, never through z_s:
     the reference detaches z_s and the teacher, and nothing else."""
@@ -544,15 +550,19 @@ def test_labels_are_hidden_at_the_given_rate():
     assert abs(hidden.float().mean() - 0.1) < 5 * math.sqrt(0.09 / B)
 
 
-def test_csdm_is_the_bound():
+@pytest.mark.parametrize("end", [15.0, 1.0])
+def test_csdm_is_the_bound(end):
     """With the same noise the loss is bound_terms summed over tokens; nothing is dropped."""
-    model, (x, y, t, u, eps, _) = tiny(objective="csdm", null_labels=0.0), tiny_batch()
+    model = tiny(objective="csdm", null_labels=0.0, logsnr_max=end)
+    x, y, t, u, eps, _ = tiny_batch()
     eps0 = torch.randn(6, 7, 4, generator=torch.Generator().manual_seed(3))
     sums, _ = model(x, y, t, u, eps, eps0)
-    t_0 = catdm.time_of(15.0)
-    real = torch.ones_like(x, dtype=torch.bool)
-    terms = catdm.bound_terms(model.student, x, y, (t.double() - t_0) / (1 - t_0), eps, eps0, real)
-    terms[:, 2] /= 1 - t_0  # t itself was uniform
+    real, v, factor = torch.ones_like(x, dtype=torch.bool), t.double(), 1.0
+    if end == 15.0:  # training takes t from [0, 1], of which the bound leaves out [0, t_0]
+        factor = 1 - catdm.time_of(15.0)
+        v = (v - catdm.time_of(15.0)) / factor
+    terms = catdm.bound_terms(model.student, x, y, v, eps, eps0, real, end)
+    terms[:, 2] /= factor
     want = 7 * terms.sum(0)
     assert sums[0].item() == pytest.approx(want[1].item(), rel=1e-4)
     assert sums[1].item() == pytest.approx((want[0] + want[2]).item(), rel=1e-3)
@@ -698,6 +708,13 @@ def test_bits_per_character_and_the_best_end(monkeypatch):
     assert figures["diffusion"]["value"] == pytest.approx(1.0)
     assert figures["nll_bound"]["end"] == 4.0 and figures["nll_bound"]["unit"] == "bits/char"
     assert seen[-1] == (8, 4.0) and seen[:-1] == [(128, e) for e in catdm.BOUND_ENDS]
+    seen.clear()  # a diffusion that ends at 1.5 cannot be charged beyond
+    cfg.logsnr_max = 1.5
+    catdm.evaluate(torch.nn.Identity(), cfg, data, place)
+    assert seen == [(128, e) for e in (1.5, 1.0, 0.0, -1.0, -2.0)] + [(8, 1.5)]
+    cfg.bound_end = 3.0
+    catdm.evaluate(torch.nn.Identity(), cfg, data, place)
+    assert seen[-1] == (8, 1.5)
 
 
 # ------------------------------------------------------------------------- runs
