@@ -1,12 +1,14 @@
-"""Collapse of learned embeddings and its cure: five objectives on MNIST's tokens and english27.
+"""Collapse of learned embeddings and its cures: seven objectives on MNIST's tokens and english27.
 
     python results/catdm_collapse.py mnist english27        one H200, about ten minutes
     python results/catdm_collapse.py mnist --tiny --steps 20 --samples 20 --jobs 1    does it run?
 
 CSDM, CSDM with embeddings of length 1, CATDM without L_CM, CATDM, and CATDM with cross-entropy in
 place of L_CM, equal in all else: the paper's Table 1 and Figure 1; its Tables 4 and 10 (sampling
-steps, consistency matching against cross-entropy) and 5 (DDIM). The networks are small and the
-runs short. Runs train side by side, --jobs at once; the same command goes on where it was stopped.
+steps, consistency matching against cross-entropy) and 5 (DDIM). Beside them CSDM and CATDM whose
+diffusion ends at log-SNR 1 instead of 15 ("-1"), which tells collapse from the variance of CSDM's
+gradient, whose weights grow with the SNR. The networks are small and the runs short. Runs train
+side by side, --jobs at once; the same command goes on where it was stopped.
 
 For each set OUT/catdm-SET.json holds, by run: `figures` (the bound and its parts on the valid
 split; `eval.py collapse`'s), the curves of CE and DGS over t, and `quality` of --samples samples by
@@ -32,8 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 RUNS = {"csdm": ["--objective", "csdm"], "csdm-l2": ["--objective", "csdm", "--l2_norm", "1"],
-        "catdm-without-cm": ["--cm", "none"], "catdm": [], "catdm-ce": ["--cm", "ce"]}
-STEPS = {"mnist": 4000, "english27": 3000}
+        "csdm-1": ["--objective", "csdm", "--logsnr_max", "1"],
+        "catdm-without-cm": ["--cm", "none"], "catdm": [], "catdm-1": ["--logsnr_max", "1"],
+        "catdm-ce": ["--cm", "ce"]}
+STEPS = {"mnist": 3000, "english27": 2500}
 SIZES = {"mnist": ["--recon_share", "0.25"], "english27": [
     "--dim", "384", "--depth", "6", "--heads", "6", "--batch_size", "128", "--micro_batch", "128",
     "--recon_share", "0.25", "--lr", "1e-3", "--warmup", "200"]}
@@ -120,7 +124,7 @@ def main() -> None:
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--steps", type=int, help=f"training steps (default {STEPS})")
     parser.add_argument("--samples", type=int, default=500, help="samples of each setting")
-    parser.add_argument("--jobs", type=int, default=10, help="processes at once")
+    parser.add_argument("--jobs", type=int, default=14, help="processes at once")
     parser.add_argument("--tiny", action="store_true", help="smallest networks, few settings")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[],
                         help="all that follows goes to the training runs")
