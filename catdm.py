@@ -136,8 +136,7 @@ class Config(common.RunConfig):
     split: str = arg("valid", "split to evaluate", choices=("train", "valid", "test"))
     bound_end: float = arg(100.0, "log-SNR, before the shift, where the bound's diffusion ends and "
                            "x is decoded, at most --logsnr_max; above 15: the best of BOUND_ENDS "
-                           "on training data",
-                           -15, 100)
+                           "on training data", -15, 100)
     eval_draws: int = arg(4, "draws of (t, z_t, z_0) per sequence", 1, 10**6)
     eval_sequences: int = arg(0, "sequences to evaluate; 0: the whole split", 0, 10**9)
     bench_steps: int = arg(20, "timed steps of --mode bench", 1, 10**6)
@@ -145,7 +144,7 @@ class Config(common.RunConfig):
     @property
     def t_0(self) -> float:
         """The time at which the diffusion ends."""
-        return time_of(self.logsnr_max) if self.logsnr_max < LOGSNR else 0.0
+        return time_of(self.logsnr_max)
 
     @property
     def task(self) -> str:
@@ -219,8 +218,8 @@ def logsnr(t: Tensor, shift: float) -> Tensor:
 
 
 def time_of(unshifted: float) -> float:
-    """The t at which -2 ln tan(pi t / 2) is `unshifted`."""
-    return 2 / math.pi * math.atan(math.exp(-unshifted / 2))
+    """The t at which -2 ln tan(pi t / 2) is `unshifted`; 0 at LOGSNR, where the clamp sets in."""
+    return 2 / math.pi * math.atan(math.exp(-unshifted / 2)) if unshifted < LOGSNR else 0.0
 
 
 def signal_and_noise(t: Tensor, shift: float) -> tuple[Tensor, Tensor]:
@@ -556,8 +555,7 @@ def bound_terms(
             logits = model((a * z + sigma * eps).float(), t.float(), given)
         return logits.double().log_softmax(-1)
     t = t_0 + (1 - t_0) * u.double()
-    at_end = torch.full_like(t, t_0 if end < LOGSNR else 0.0)
-    recon = -log_p(at_end, eps0).gather(-1, x[..., None])[..., 0]
+    recon = -log_p(torch.full_like(t, t_0), eps0).gather(-1, x[..., None])[..., 0]
     gap = minus_truth(log_p(t, eps), x) @ table
     diffusion = (1 - t_0) * diffusion_weight(t, shift)[:, None] * gap.square().sum(-1)
     terms = torch.stack([prior_kl(z, shift), recon, diffusion], -1)       # (B, L, 3)
@@ -1089,6 +1087,7 @@ class Judge:
 
     @torch.no_grad()
     def all_features(self, x: Tensor) -> Tensor:
+        """The same in parts, without gradient, float64."""
         return torch.cat([self.features(part) for part in x.split(512)]).double()
 
     @torch.no_grad()

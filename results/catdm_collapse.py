@@ -115,6 +115,7 @@ def gather(name: str, out: Path) -> None:
         print(f"\n{name}: {measure}\n" + metrics.table([{"sampler": s} | {
             run: f"{found[run]['quality'][s][measure]:.3f}" for run in RUNS} for s in settings]))
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,15 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+from catdm_collapse import call  # noqa: E402
 
 RUNS = {
     "main": [],  # anchor loss, F = 4
@@ -47,25 +46,20 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
     return Path(args.runs).resolve() / name.replace(",", "").replace(" = ", "").replace(" ", "-")
 
 
-def call(name: str, log: str, flags: list[str], args: argparse.Namespace) -> None:
+def difformer(name: str, log: str, flags: list[str], args: argparse.Namespace) -> None:
     """difformer.py on the run `name`, its output in a file LOG of the run's folder."""
     folder = folder_of(name, args)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "difformer.py", "--dataset", "multi30k", "--out", str(folder),
-               "--data_dir", str(Path(args.data_dir).resolve()), "--device", args.device, *flags]
-    with open(folder / f"{log}.txt", "w") as file:
-        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                              env=dict(os.environ, OMP_NUM_THREADS="2"))
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed; its output's end:\n"
-                 f"{(folder / f'{log}.txt').read_text()[-3000:]}")
+    call(["difformer.py", "--dataset", "multi30k", "--out", str(folder), "--data_dir",
+          str(Path(args.data_dir).resolve()), "--device", args.device, *flags],
+         folder / f"{log}.txt")
 
 
 def test(name: str, setting: str, flags: list[str], args: argparse.Namespace) -> dict:
     """Figures of the test split, kept in the run's folder as test-SETTING.json."""
     file = folder_of(name, args) / f"test-{setting}.json"
-    call(name, f"test-{setting}", ["--mode", "eval", "--split", "test", "--save", str(file),
-                                   *(["--eval_sequences", "8"] if args.tiny else []), *flags], args)
+    difformer(name, f"test-{setting}",
+              ["--mode", "eval", "--split", "test", "--save", str(file), *flags], args)
     return json.loads(file.read_text())["figures"]
 
 
@@ -75,7 +69,8 @@ def train(args: argparse.Namespace) -> None:
         result = folder_of(name, args) / "result.json"
         if not result.exists():
             flags = ["--steps", str(args.steps), "--save_every", "5000"]
-            call(name, "train", flags + (TINY if args.tiny else []) + args.flags + RUNS[name], args)
+            flags += (TINY if args.tiny else []) + args.flags + RUNS[name]
+            difformer(name, "train", flags, args)
         valid = json.loads(result.read_text())["figures"]
         figures = test(name, "default", [], args)
         print(f"{name:16s} valid {valid['bleu']['value']:.2f}, test {figures['bleu']['value']:.2f},"
@@ -143,7 +138,6 @@ def main() -> None:
     for stage in STAGES:
         if stage in args.stages:
             STAGES[stage](args)
-    import common
     Path(args.out).mkdir(parents=True, exist_ok=True)
     common.write_json(Path(args.out) / "difformer-multi30k.json", gather(args))
 

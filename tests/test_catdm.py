@@ -557,12 +557,8 @@ def test_csdm_is_the_bound(end):
     x, y, t, u, eps, _ = tiny_batch()
     eps0 = torch.randn(6, 7, 4, generator=torch.Generator().manual_seed(3))
     sums, _ = model(x, y, t, u, eps, eps0)
-    real, v, factor = torch.ones_like(x, dtype=torch.bool), t.double(), 1.0
-    if end == 15.0:  # training takes t from [0, 1], of which the bound leaves out [0, t_0]
-        factor = 1 - catdm.time_of(15.0)
-        v = (v - catdm.time_of(15.0)) / factor
-    terms = catdm.bound_terms(model.student, x, y, v, eps, eps0, real, end)
-    terms[:, 2] /= factor
+    real = torch.ones_like(x, dtype=torch.bool)
+    terms = catdm.bound_terms(model.student, x, y, t, eps, eps0, real, end)
     want = 7 * terms.sum(0)
     assert sums[0].item() == pytest.approx(want[1].item(), rel=1e-4)
     assert sums[1].item() == pytest.approx((want[0] + want[2]).item(), rel=1e-3)
@@ -954,6 +950,21 @@ def test_probe_and_score(run, data_dir):
             assert found["tokens"].shape == (8, 9)
     figures = catdm.score(str(run(3)), [*images_of(data_dir)[:2], "--device", "cpu"])["figures"]
     assert figures["nll_bound"]["draws"] == 20  # the full split of 20, one draw each
+
+
+def test_probe_stays_where_the_diffusion_ends(run, data_dir, monkeypatch):
+    """At log-SNR 0, t = .5: nothing nearer to the data was trained."""
+    out, seen, predict = run(2, "--logsnr_max", "0"), [], catdm.predict
+
+    def record(model, z, t, given):
+        seen.append(t.item())
+        return predict(model, z, t, given)
+    monkeypatch.setattr(catdm, "predict", record)
+    found = catdm.probe(str(out), [*images_of(data_dir)[:2], "--device", "cpu"])
+    early = found["times"] < 0.5
+    assert min(seen) == pytest.approx(0.5) and max(seen) == found["times"][-1]
+    assert np.allclose(found["signal"][early], torch.tensor(-1.0).sigmoid().sqrt())  # shift -1
+    assert (np.diff(found["signal"][~early]) < 0).all()
 
 
 @pytest.mark.parametrize("flags,name", [
