@@ -1,6 +1,6 @@
 """Collapse of learned embeddings and its cures: seven objectives on MNIST's tokens and english27.
 
-    python results/catdm_collapse.py mnist english27        one H200, about ten minutes
+    python results/catdm_collapse.py mnist english27        one H200, twelve minutes
     python results/catdm_collapse.py mnist --tiny --steps 20 --samples 20 --jobs 1    does it run?
 
 CSDM, CSDM with embeddings of length 1, CATDM without L_CM, CATDM, and CATDM with cross-entropy in
@@ -10,12 +10,12 @@ diffusion ends at log-SNR 1 instead of 15 ("-1"), which tells collapse from the 
 gradient, whose weights grow with the SNR. The networks are small and the runs short. Runs train
 side by side, --jobs at once; the same command goes on where it was stopped.
 
-For each set OUT/catdm-SET.json holds, by run: `figures` (the bound and its parts on the valid
-split; `eval.py collapse`'s), the curves of CE and DGS over t, and `quality` of --samples samples by
-sampler and number of steps. MNIST's are class-conditional: the share that a small classifier
-recognises and the Fréchet distance of its features to the valid split; `guided` is at guidance 1.
-english27's: the share of words spelled as in the training text, and the entropy of the letters in
-nats. `data` has the same figures of the valid split.
+For each set OUT/catdm-SET-collapse.json holds, by run: `figures` (the bound and its parts on the
+valid split; `eval.py collapse`'s), the curves of CE and DGS over t, and `quality` of --samples
+samples by sampler and number of steps. MNIST's are class-conditional: the share that a small
+classifier recognises and the Fréchet distance of its features to the valid split; `guided` is at
+guidance 1. english27's: the share of words spelled as in the training text, and the entropy of the
+letters in nats. `data` has the same figures of the valid split.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def grade(run: Path, args: argparse.Namespace) -> None:
 
 
 def gather(name: str, out: Path) -> None:
-    """OUT/catdm-SET.json of all runs, and a table."""
+    """OUT/catdm-SET-collapse.json of all runs, and a table."""
     import common
     import eval as metrics
     collapse, found, rows = json.loads((out / name / "collapse.json").read_text()), {}, []
@@ -108,7 +108,7 @@ def gather(name: str, out: Path) -> None:
             for part in ("nll_bound", "prior", "reconstruction", "diffusion")} | {
             key: f"{f[key]:.3f}" for key in ("norm", "ani", "spread", "effective_rank", "dgs",
                                              "ce_mean", "ce_half_time")})
-    common.write_json(out / f"catdm-{name}.json", found)
+    common.write_json(out / f"catdm-{name}-collapse.json", found)
     print(f"\n{name}\n{metrics.table(rows)}")
     settings = list(found["catdm"]["quality"])
     for measure in found["catdm"]["quality"]["data"]:
@@ -137,7 +137,8 @@ def main() -> None:
     if unknown := set(args.sets) - set(STEPS):
         parser.error(f"unknown: {', '.join(unknown)}; choose of {', '.join(STEPS)}")
     runs, out = Path(args.runs).resolve(), Path(args.out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in (runs, out):
+        folder.mkdir(parents=True, exist_ok=True)
     common = ["--data_dir", str(Path(args.data_dir).resolve()), "--device", args.device]
 
     def one(job: tuple[str, str]) -> None:
@@ -159,16 +160,15 @@ def main() -> None:
     for name in args.sets:  # prepared once, not by every run at the same time
         code = "import sys, data; data.load_images(*sys.argv[1:])" if name == "mnist" else (
             "import sys, data; data.load_dataset(*sys.argv[1:])")
-        call(["-c", code, name, common[1]], out / f"{name}.txt")
+        call(["-c", code, name, common[1]], runs / f"{name}.txt")
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, [(name, run) for name in args.sets for run in RUNS]))
     for name in args.sets:
         call(["eval.py", "collapse", *(str(runs / name / run) for run in RUNS), *common,
               "--out", str(runs / name)], runs / name / "collapse.txt")
         gather(name, runs)
-        for file in (runs / f"catdm-{name}.json", *(runs / name).glob("*.png"),
-                     runs / name / "collapse.txt"):
-            target = out / (file.name if file.name.startswith("catdm") else f"{name}-{file.name}")
+        for file in (runs / f"catdm-{name}-collapse.json", *(runs / name).glob("*.png")):
+            target = out / (file.name if file.suffix == ".json" else f"catdm-{name}-{file.name}")
             target.write_bytes(file.read_bytes())
             print(target)
 
