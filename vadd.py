@@ -122,7 +122,7 @@ PRESETS: dict[str, dict] = {
                         lr_schedule="cosine", beta2=0.99, ema=0.999, save_every=500),
     "text8": dict(length=256, micro_batch=256),
     # our public benchmark: CADD's length, batch, steps and optimiser (410M characters); a ramp of
-    # 1000 steps, the paper's share of training, is too short for the latent to learn anything
+    # 1000 steps is too short for the latent to learn anything
     "english27": dict(length=256, batch_size=256, micro_batch=256, steps=6250, lr=6e-4,
                       lr_schedule="cosine", warmup=300, beta2=0.99, dropout=0.0, ema=0.999,
                       kl_ramp=5000, log_every=100, sample_batch=256, eval_sequences=500,
