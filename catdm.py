@@ -748,19 +748,19 @@ def train_step(net, model: CATDM, optimizer, ema, cfg: Config, step: int, batche
     return stats
 
 
-def compiled(model: CATDM, cfg: Config, place: common.Setup, **options):
+def compiled(model: CATDM, cfg: Config, place: common.Setup, backend="inductor"):
     """`model` compiled; for translation once for all lengths, on a batch that is not a real one:
     sizes that are equal in the first call are taken for one and compiled again when they differ,
     and so is a size that is a layer's width, or no multiple of 8 as real lengths are."""
     if cfg.task != "pairs":
-        return torch.compile(model, **options)
+        return torch.compile(model, backend=backend)
     # The analysis left out fails an assertion of its own on shapes that vary (torch 2.11).
-    options = options or dict(options={"triton.coalesce_tiling_analysis": False})
-    net, at = torch.compile(model, dynamic=True, **options), dict(device=place.device)
-    length, D = model.student.length, cfg.embed_dim
-    lengths = [k for k in (24, 40, 56, 16, 8) if k <= length and k not in (D, cfg.dim, cfg.heads)]
-    M, N = [*lengths, length, length - 1][:2]
-    B = max(98, min(cfg.batch_tokens, cfg.micro_tokens) // 40) | 1  # odd
+    options = {"triton.coalesce_tiling_analysis": False} if backend == "inductor" else None
+    net = torch.compile(model, dynamic=True, backend=backend, options=options)
+    at, D = dict(device=place.device), cfg.embed_dim
+    lengths = [k for k in range(2, model.student.length + 1) if k not in (D, cfg.dim, cfg.heads)]
+    M, N = sorted(lengths, key=lambda k: (k % 8 > 0, abs(k - 24)))[:2]
+    B = max(98, min(cfg.batch_tokens, cfg.micro_tokens) // 24) | 1  # odd
     n = math.ceil(cfg.recon_share * B)
     y, x = (torch.ones(B, k, dtype=torch.long, **at) for k in (M, N))
     with place.autocast():

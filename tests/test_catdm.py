@@ -1017,6 +1017,27 @@ def test_translation_compiles_once():
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("length,want", [(32, (24, 32)), (8, (8, 7))])
+def test_translation_compiles_on_lengths_like_real_ones(length, want, monkeypatch):
+    """Multiples of 8 that differ and are no layer's width (16), as far as there are any; and this
+    torch knows the option that is given to its compiler."""
+    seen, compile = [], torch.compile
+
+    def record(model, **flags):
+        assert flags["dynamic"] and flags["options"]
+        compile(model, **flags)  # refuses options that it does not know
+
+        def net(x, y, *noise):
+            seen.append((y.shape[1], x.shape[1]))
+            return model(x, y, *noise)
+        return net
+    monkeypatch.setattr(torch, "compile", record)
+    flags = [*TINY, *PAIRS, "--out", "none", "--embed_dim", "16"]
+    cfg, _ = common.parse_config(catdm.Config, "catdm", "", catdm.PRESETS, flags)
+    catdm.compiled(catdm.CATDM(cfg, 50, length, pad=catdm.PAD), cfg, common.setup(cfg))
+    assert seen == [want]
+
+
 def test_collapsed_embeddings_differ_in_bfloat16_too():
     """L_DM of vectors that are alike up to 1/1000, under autocast, with probabilities that do not
     depend on z_t: exact up to bfloat16's rounding of differences, 1/256 each."""
