@@ -1,12 +1,10 @@
-"""Building blocks and plumbing shared by cadd.py, vadd.py, catdm.py and difformer.py.
+"""What cadd.py, vadd.py, catdm.py and difformer.py share. Read the scripts first: each holds its
+method in full.
 
-Read the scripts, not this file: each holds its method in full. Here stand, in this order,
-  1. diffusion mathematics that several methods use word for word (time, draws, posteriors),
-  2. the network: DiT blocks and a cross-entropy that never stores the (tokens, vocabulary) logits,
-  3. EMA and learning-rate schedules,
-  4. configuration: a typed dataclass becomes the command line,
-  5. processes, devices and noise that does not depend on the number of GPUs,
-  6. checkpoints, logs, progress.
+Part I, mathematics and networks: draws, Gaussian posterior, DiT, encoder-decoder, the vocabulary
+head's cross-entropy, EMA, learning rate.
+Part II, not needed to understand a method: flags from a dataclass, processes and devices, the run
+(resume, log, save, stop), checkpoints, and the main function of every script.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -21,8 +20,10 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from types import ModuleType
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -37,8 +39,12 @@ class RunError(RuntimeError):
     """A problem the user can solve; `main` prints its one line and exits with code 1."""
 
 
+# =============================================================================================
+# Part I: mathematics and networks
+# =============================================================================================
+
 # ---------------------------------------------------------------------------------------------
-# 1. Diffusion mathematics
+# Diffusion
 # ---------------------------------------------------------------------------------------------
 
 
@@ -96,10 +102,8 @@ def ddim(z_t: Tensor, z_0: Tensor, a_t: Tensor, sigma_t: Tensor, a_s: Tensor, si
     return a_s * z_0 + sigma_s / sigma_t * (z_t - a_t * z_0)
 
 
-PROBE_TIMES = (np.arange(25) + 0.5) / 25  # where `eval.py collapse` asks each script's probe
-
 # ---------------------------------------------------------------------------------------------
-# 2. Networks
+# Networks
 # ---------------------------------------------------------------------------------------------
 
 
@@ -248,13 +252,13 @@ class Attention(nn.Module):
         self.heads = heads
         self.q, self.kv, self.out = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
 
-    def forward(self, x: Tensor, memory: Tensor, real: Tensor | None = None) -> Tensor:
-        """real (B, M) is False at padding of the memory, which nobody sees; None: no padding."""
+    def forward(self, x: Tensor, memory: Tensor, not_pad: Tensor | None = None) -> Tensor:
+        """not_pad (B, M) is False at padding of the memory, which nobody sees; None: no padding."""
         B, L, d = x.shape
         q = self.q(x).view(B, L, self.heads, -1).transpose(1, 2)          # (B, heads, L, d_head)
         kv = self.kv(memory).view(B, memory.shape[1], 2, self.heads, -1)
         k, v = kv.transpose(1, 3).unbind(2)                               # (B, heads, M, d_head)
-        mask = None if real is None else real[:, None, None]
+        mask = None if not_pad is None else not_pad[:, None, None]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(h.transpose(1, 2).reshape(B, L, d))
 
@@ -273,16 +277,16 @@ class PostNormBlock(nn.Module):
         self.norm3 = nn.LayerNorm(d)
 
     def forward(
-        self, x: Tensor, real: Tensor, memory: Tensor | None = None,
-        memory_real: Tensor | None = None,
+        self, x: Tensor, not_pad: Tensor, memory: Tensor | None = None,
+        memory_not_pad: Tensor | None = None,
     ) -> Tensor:
-        """x (B, L, d), real (B, L); memory (B, M, d), memory_real (B, M) in a decoder."""
+        """x (B, L, d), not_pad (B, L); memory (B, M, d), memory_not_pad (B, M) in a decoder."""
         def drop(h: Tensor) -> Tensor:
             return F.dropout(h, self.dropout, self.training)
 
-        x = self.norm1(x + drop(self.attention(x, x, real)))
+        x = self.norm1(x + drop(self.attention(x, x, not_pad)))
         if memory is not None:
-            x = self.norm2(x + drop(self.cross(x, memory, memory_real)))
+            x = self.norm2(x + drop(self.cross(x, memory, memory_not_pad)))
         return self.norm3(x + drop(self.mlp(x)))
 
 
@@ -324,7 +328,7 @@ class EncoderDecoder(nn.Module):
 
     def __init__(self, e: int, d: int, ffn: int, depth: int, heads: int, dropout: float,
                  length: int, self_condition: bool = True, init_std: float = 0.02,
-                 place_std: float = 0.02):
+                 position_std: float = 0.02):
         super().__init__()
         if d % heads:
             raise RunError(f"--dim {d} must be a multiple of --heads {heads}")
@@ -342,20 +346,20 @@ class EncoderDecoder(nn.Module):
         self.length_head = nn.Linear(d, LENGTH_CLASSES)
         normal_init(self, init_std)
         for table in (self.source_place, self.target_place):
-            nn.init.normal_(table.weight, std=place_std)
+            nn.init.normal_(table.weight, std=position_std)
 
-    def encode(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Source embeddings (B, M, e), real (B, M) False at padding -> states (B, M, d), length
+    def encode(self, x: Tensor, not_pad: Tensor) -> tuple[Tensor, Tensor]:
+        """Source embeddings (B, M, e), not_pad (B, M) False at padding -> states (B, M, d), length
         logits (B, LENGTH_CLASSES) float32."""
         h = self.source_in(x) + self.source_place.weight[: x.shape[1]]
         h = F.dropout(self.source_norm(h), self.dropout, self.training)
         for block in self.encoder:
-            h = block(h, real)
-        mean = (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+            h = block(h, not_pad)
+        mean = (h * not_pad[..., None]).sum(1) / not_pad.sum(1, keepdim=True)
         return h, self.length_head(mean).float()
 
-    def decode(self, z: Tensor, t: Tensor, previous: Tensor | None, real: Tensor, memory: Tensor,
-               memory_real: Tensor) -> Tensor:
+    def decode(self, z: Tensor, t: Tensor, previous: Tensor | None, not_pad: Tensor, memory: Tensor,
+               memory_not_pad: Tensor) -> Tensor:
         """Estimate (B, N, e) float32 from noisy z (B, N, e), times t (B,) in [0, 1] and the
         previous estimate; memory (B, M, d) are the encoder's states."""
         h = self.target_in(z)
@@ -365,7 +369,7 @@ class EncoderDecoder(nn.Module):
         h = self.target_norm(h + self.target_place.weight[: z.shape[1]])
         h = F.dropout(h, self.dropout, self.training)
         for block in self.decoder:
-            h = block(h, real, memory, memory_real)
+            h = block(h, not_pad, memory, memory_not_pad)
         return self.out(h).float()
 
     def flops(self, M: int, N: int) -> tuple[float, float]:
@@ -442,28 +446,58 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(h, weight, bias, target, scale, chunks, compiled)
 
 
-def masked_positions(masked: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Flat indices (capacity,) of the True entries of masked (B, L) first, and which are True.
+def share_moments(share: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """E_t[m] and E_t[m (1 - m)] of a masked diffusion's share m = 1 - alpha(t) of hidden tokens."""
+    m = share((torch.arange(1000, dtype=torch.float64, device="cpu") + 0.5) / 1000)
+    return m.mean().item(), (m * (1 - m)).mean().item()
 
-    A fixed size lets torch.compile keep one graph and spares the host from asking the GPU how
-    many there are. Callers choose a capacity that cannot be exceeded in practice.
+
+def masked_positions(masked: Tensor, moments: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Flat indices (M,) of the True entries of masked (B, L) first, and which are True.
+
+    A fixed M lets torch.compile keep one graph and spares the host from asking the GPU how many
+    there are. With low-discrepancy t, 1/B apart, their number has mean at most
+    (B E[m] + 1/2) L and variance at most B L E[m (1 - m)]; `moments` are `share_moments` of the
+    schedule. Eight standard deviations are exceeded once in 10^15 batches. M is rounded up to a
+    multiple of 64 for equal chunks.
     """
+    (B, L), (mean, variance) = masked.shape, moments
+    room = L * (B * mean + 0.5) + 8 * math.sqrt(B * L * variance)
     flat = masked.flatten()
-    index = torch.argsort(flat.logical_not().to(torch.uint8), stable=True)[:capacity]
+    index = torch.argsort(flat.logical_not().to(torch.uint8), stable=True)
+    index = index[: min(B * L, 64 * math.ceil(room / 64))]
     return index, flat[index]
 
 
-def mask_capacity(B: int, L: int) -> int:
-    """Room for the masked positions of B sequences whose low-discrepancy t are 1/B apart.
+def masked_cross_entropy(
+    h: Tensor, head: nn.Linear, x0: Tensor, masked: Tensor, weight: Tensor,
+    moments: tuple[float, float], compiled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats of x0 (B, L) where `masked` (B, L), from features h (B, L, d).
 
-    Their number has mean at most (B + 1) L / 2 and variance at most B L / 6; eight standard
-    deviations are exceeded once in 10^15 batches. Rounded up to a multiple of 64 for equal chunks.
+    Returns the sum of weight (B,) times -log p, and the sums (B,) of -log p of each sequence. The
+    vocabulary head is a third of the FLOPs: it runs at masked positions only, in chunks. Its last
+    row, for [MASK], is never the answer and left out. Were there more masked positions than room
+    (see masked_positions), the loss is NaN, which stops the run, rather than too low.
     """
-    return min(B * L, 64 * math.ceil((L * (B + 1) / 2 + 8 * math.sqrt(B * L / 6)) / 64))
+    index, used = masked_positions(masked, moments)
+    L = x0.shape[1]
+    loss, nll = linear_cross_entropy(
+        h.flatten(0, 1).index_select(0, index), head.weight[:-1], head.bias[:-1],
+        x0.flatten()[index], used * weight.repeat_interleave(L)[index], compiled)
+    fits = torch.where(masked.sum() == used.sum(), 1.0, torch.nan)  # in the statistics too
+    return loss * fits, torch.zeros_like(weight).index_add(0, index // L, nll * used) * fits
+
+
+def by_tenth(t: Tensor, **values: Tensor) -> dict[str, Tensor]:
+    """Sums (10,) of values (B,), by tenth of the times t (B,): a training's statistics."""
+    tenth = (10 * t).long().clamp_max(9)
+    rows = torch.stack([v.detach().float() for v in values.values()])
+    return dict(zip(values, torch.zeros(len(rows), 10, device=t.device).index_add(1, tenth, rows)))
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. EMA and learning rate
+# EMA and learning rate
 # ---------------------------------------------------------------------------------------------
 
 
@@ -475,6 +509,7 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float):
+        self.model = model
         self.names = [name for name, _ in model.named_parameters()]
         self.live = [p for _, p in model.named_parameters()]
         self.average = [p.detach().clone() for p in self.live]
@@ -488,12 +523,12 @@ class EMA:
 
     @contextlib.contextmanager
     def swapped_in(self):
-        """Within this block the model carries the averaged weights."""
+        """Within this block the model, which it yields, carries the averaged weights."""
         live = [p.detach().clone() for p in self.live]
         with torch.no_grad():
             torch._foreach_copy_(self.live, self.average)
         try:
-            yield
+            yield self.model
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(self.live, live)
@@ -509,53 +544,94 @@ class EMA:
             mine.copy_(theirs)
 
 
-def learning_rate(step: int, peak: float, warmup: int, schedule: str, steps: int) -> float:
-    """Linear warm-up to `peak` over `warmup` steps, then "constant", "cosine" down to 0, or
-    "inverse_sqrt": peak * sqrt(warmup / step)."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule == "constant":
-        return peak
-    if schedule == "inverse_sqrt":
-        return peak * math.sqrt(max(1, warmup) / max(1, step))
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+def learning_rate(step: int, cfg: RunConfig) -> float:
+    """Linear warm-up to cfg.lr over cfg.warmup steps, then "constant", "cosine" down to 0, or
+    "inverse_sqrt": lr * sqrt(warmup / step)."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    if cfg.lr_schedule == "constant":
+        return cfg.lr
+    if cfg.lr_schedule == "inverse_sqrt":
+        return cfg.lr * math.sqrt(max(1, cfg.warmup) / max(1, step))
+    done = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * done))
 
+
+# =============================================================================================
+# Part II: not needed to understand a method
+# =============================================================================================
 
 # ---------------------------------------------------------------------------------------------
-# 4. Configuration: one dataclass, its fields are the flags
+# Flags: one dataclass, its fields are the flags
 # ---------------------------------------------------------------------------------------------
 
 
 def arg(
     default: Any, help: str, lo: float | None = None, hi: float | None = None,
-    choices: Sequence[str] | None = None, fixed: bool = False,
+    choices: Sequence[str] | None = None, group: str = "method", fixed: bool = True,
 ) -> Any:
-    """A dataclass field that is also a flag: help text, closed range [lo, hi], choices.
-
-    `fixed` marks what defines the run: it cannot change when a checkpoint is resumed or sampled.
-    """
-    meta = dict(help=help, lo=lo, hi=hi, choices=choices, fixed=fixed)
+    """A dataclass field that is also a flag: help text, closed range [lo, hi], choices, and the
+    group of --help. It defines the run: a resumed or sampled run cannot change it."""
+    meta = dict(help=help, lo=lo, hi=hi, choices=choices, group=group, fixed=fixed)
     return dataclasses.field(default=default, metadata=meta)
+
+
+free = functools.partial(arg, fixed=False)  # a flag that a resumed or sampled run may change
+_NET, _OPT = dict(group="network"), dict(group="optimisation")
+_SAMPLE, _EVAL, _RUN = dict(group="sampling"), dict(group="evaluation"), dict(group="run")
+GROUPS = ("method", "network", "optimisation", "sampling", "evaluation", "run")
 
 
 @dataclasses.dataclass
 class RunConfig:
-    """What every script needs; each script's Config adds its method."""
+    """The flags of every script; each script's Config adds its method's."""
 
-    mode: str = arg("train", "what to do", choices=("train", "sample", "eval", "bench"))
-    out: str = arg("", "run folder (default runs/METHOD-DATASET)")
-    data_dir: str = arg("data", "where datasets are, or are downloaded to")
-    overwrite: bool = arg(False, "start anew although the run folder holds a checkpoint")
-    seed: int = arg(0, "seed of data order, noise and initialisation", 0, 2**31 - 1, fixed=True)
-    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    compile: bool = arg(True, "torch.compile on CUDA")
-    amp: str = arg("auto", "autocast: bf16, or none; auto is bf16 on CUDA",
-                   choices=("auto", "bf16", "none"))
-    minutes: float = arg(0.0, "stop training after so many minutes, over all resumes; 0: never",
-                         0, 1e6)
-    log_every: int = arg(50, "steps between lines of log.jsonl", 1, 10**9)
-    save_every: int = arg(2000, "steps between checkpoints", 1, 10**9)
+    steps: int = free(1_000_000, "training steps", 1, 10**9, **_OPT)
+    lr: float = arg(3e-4, "learning rate", 0, 10, **_OPT)
+    lr_schedule: str = arg("constant", "after warm-up", choices=("constant", "cosine"), **_OPT)
+    warmup: int = arg(2500, "warm-up steps", 0, 10**9, **_OPT)
+    beta2: float = arg(0.999, "AdamW beta2 (beta1 is .9)", 0, 0.999999, **_OPT)
+    weight_decay: float = arg(0.0, "AdamW weight decay", 0, 10, **_OPT)
+    clip: float = arg(1.0, "gradient norm", 1e-6, 1e6, **_OPT)
+    ema: float = arg(0.9999, "EMA decay", 0, 1, **_OPT)
+    samples: int = free(4, "samples to draw", 1, 10**7, **_SAMPLE)
+    sample_batch: int = free(32, "samples drawn at once", 1, 10**6, **_SAMPLE)
+    split: str = free("valid", "split to evaluate", choices=("train", "valid", "test"), **_EVAL)
+    eval_sequences: int = free(0, "sequences to evaluate; 0: the whole split", 0, 10**9, **_EVAL)
+    save: str = free("", "file for the figures of --mode eval (default: eval.json in the run "
+                     "folder)", **_EVAL)
+    mode: str = free("train", "what to do", choices=("train", "sample", "eval", "bench"), **_RUN)
+    out: str = free("", "run folder (default runs/METHOD-DATASET)", **_RUN)
+    data_dir: str = free("data", "where datasets are, or are downloaded to", **_RUN)
+    overwrite: bool = free(False, "start anew although the run folder holds a checkpoint", **_RUN)
+    seed: int = arg(0, "seed of data order, noise and initialisation", 0, 2**31 - 1, **_RUN)
+    device: str = free("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), **_RUN)
+    compile: bool = free(True, "torch.compile on CUDA", **_RUN)
+    amp: str = free("auto", "autocast: bf16, or none; auto is bf16 on CUDA",
+                    choices=("auto", "bf16", "none"), **_RUN)
+    minutes: float = free(0.0, "stop training after so many minutes, over all resumes; 0: never",
+                          0, 1e6, **_RUN)
+    log_every: int = free(50, "steps between lines of log.jsonl", 1, 10**9, **_RUN)
+    save_every: int = free(2000, "steps between checkpoints", 1, 10**9, **_RUN)
+    bench_steps: int = free(20, "timed steps of --mode bench", 1, 10**6, **_RUN)
+
+
+@dataclasses.dataclass
+class MaskedConfig(RunConfig):
+    """What cadd.py and vadd.py share beside: masked diffusion with MDLM's DiT and recipe."""
+
+    alpha: str = arg("linear", "share of visible tokens: linear = 1 - t, cosine = 1 - sin(pi t/2)",
+                     choices=("linear", "cosine"))
+    dim: int = arg(768, "width", 8, 65536, **_NET)
+    depth: int = arg(12, "layers", 1, 1000, **_NET)
+    heads: int = arg(12, "attention heads", 1, 1000, **_NET)
+    dropout: float = arg(0.1, "dropout on residual branches", 0, 0.99, **_NET)
+    batch_size: int = arg(512, "sequences per step, over all devices", 1, 10**7, **_OPT)
+    micro_batch: int = free(64, "most sequences one device takes at once", 1, 10**7, **_OPT)
+    sample_steps: int = free(256, "sampling steps T, one network call each", 1, 10**6, **_SAMPLE)
+    temperature: float = free(1.0, "of the token draw", 0, 100, **_SAMPLE)
+    top_p: float = free(1.0, "nucleus of the token draw", 1e-6, 1, **_SAMPLE)
+    eval_draws: int = free(1, "draws of the noise per sequence", 1, 10**6, **_EVAL)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -564,7 +640,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _flag_value(field: dataclasses.Field, text: str) -> Any:
-    """Parse and check one flag's value; argparse turns the ValueError into a message."""
+    """Parse and check one flag's value; argparse turns the error into a message."""
     kind = type(field.default)
     lo, hi, choices = (field.metadata[k] for k in ("lo", "hi", "choices"))
     try:
@@ -580,82 +656,105 @@ def _flag_value(field: dataclasses.Field, text: str) -> Any:
     return value
 
 
-def parse_config(
-    cls: type, method: str, doc: str, presets: dict[str, dict], argv: list[str] | None = None
-) -> tuple[Any, set[str]]:
-    """Command line -> config: dataclass defaults < the dataset's preset < flags.
+def script_name(script: ModuleType) -> str:
+    return Path(script.__file__).stem
 
-    Returns the config and the names of the flags that were given. In modes sample and eval the
-    checkpoint's own configuration takes the place of the preset. Presets are keyed by dataset;
-    the key "path" serves folders. Exits with code 2 and one line on unknown or invalid flags.
+
+def parse_config(script: ModuleType, argv: list[str] | None = None) -> Any:
+    """Command line -> script.Config: dataclass defaults < the dataset's preset < flags.
+
+    In modes sample and eval the checkpoint's own configuration takes the place of the preset.
+    script.PRESETS is keyed by dataset; the key "folder" serves folders and files of one's own.
+    --help shows the values of the dataset chosen. Exits with code 2 and one line on unknown or
+    invalid flags; raises RunError for an unknown dataset.
     """
+    cls, presets, method = script.Config, script.PRESETS, script_name(script)
+    fields = dataclasses.fields(cls)
+    first = _Parser(prog=f"{method}.py", add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default=cls.dataset)
+    dataset = first.parse_known_args(argv)[0].dataset
+    key = dataset if dataset in presets else "folder"
+    values = {f.name: f.default for f in fields} | presets.get(key, {})
     parser = _Parser(
-        prog=f"{method}.py", usage="%(prog)s [--FLAG VALUE ...]", description=doc,
-        allow_abbrev=False,
-        epilog="The dataset's row of PRESETS overrides these defaults, flags override both.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for field in dataclasses.fields(cls):
-        default = "" if field.default in ("", False) else f" (default {field.default})"
+        prog=f"{method}.py", usage="%(prog)s [--FLAG VALUE ...]", description=script.__doc__,
+        epilog=f"Defaults are those of --dataset {dataset}.", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for field in fields:
+        value = values[field.name]
+        default = "" if value in ("", False, ()) else f" (default {value})"
         kwargs: dict[str, Any] = dict(
             default=argparse.SUPPRESS,
-            help=(field.metadata["help"] + default).replace("%", "%%"),
-        )
+            help=(field.metadata["help"] + default).replace("%", "%%"))
         if type(field.default) is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
         elif type(field.default) is tuple:  # two files
             kwargs |= dict(nargs=2, metavar=("SOURCE", "TARGET"))
         else:
-            kwargs["type"] = lambda text, field=field: _flag_value(field, text)
-            kwargs["metavar"] = (
-                "{" + ",".join(map(str, field.metadata["choices"])) + "}"
-                if field.metadata["choices"] else type(field.default).__name__.upper()
-            )
-        parser.add_argument(f"--{field.name}", **kwargs)
+            kwargs["type"] = functools.partial(_flag_value, field)
+            choices = field.metadata["choices"]
+            kwargs["metavar"] = ("{" + ",".join(map(str, choices)) + "}" if choices
+                                 else type(field.default).__name__.upper())
+        groups[field.metadata["group"]].add_argument(f"--{field.name}", **kwargs)
     given = vars(parser.parse_args(argv))
-    dataset = given.get("dataset", next(f.default for f in dataclasses.fields(cls)
-                                        if f.name == "dataset"))
-    key = dataset if dataset in presets else "path"
-    if key == "path" and not os.path.isdir(dataset) and not dataset.endswith(".npy"):
-        names = ", ".join(k for k in presets if k != "path")
+    if key == "folder" and not os.path.isdir(dataset) and not dataset.endswith(".npy"):
+        names = ", ".join(k for k in presets if k != "folder")
         raise RunError(f"unknown dataset {dataset!r}: choose one of {names}, or give a folder "
                        "with train.txt and valid.txt")
-    cfg = cls(**{**presets[key], **given, "dataset": dataset})
+    cfg = cls(**values | given | {"dataset": dataset})
     if not cfg.out:
-        cfg.out = f"runs/{method}-{Path(dataset).resolve().name if key == 'path' else dataset}"
+        cfg.out = f"runs/{method}-{Path(dataset).resolve().name if key == 'folder' else dataset}"
     if cfg.mode in ("sample", "eval"):
         saved = read_checkpoint(Path(cfg.out) / "checkpoint.pt", method)["config"]
         check_same_run(saved, given, cls)
-        own = {f.name for f in dataclasses.fields(cls)}
-        kept = {k: v for k, v in saved.items() if k in own and k not in ("mode", "out", "device")}
+        kept = {f.name: saved[f.name] for f in fields
+                if f.name in saved and f.name not in ("mode", "out", "device", "save")}
         cfg = cls(**{**kept, **given, "out": cfg.out})
-    return cfg, set(given)
+    return cfg
 
 
 def check_same_run(saved: dict, wanted: dict, cls: type) -> None:
-    """Refuse to continue a run with other values of the fields that define it."""
+    """Refuse to continue a run with other values of the fields that define it. A field newer than
+    the checkpoint had its default."""
     for field in dataclasses.fields(cls):
-        name = field.name
-        if field.metadata["fixed"] and name in wanted and saved.get(name) != wanted[name]:
+        name, had = field.name, saved.get(field.name, field.default)
+        if field.metadata["fixed"] and name in wanted and had != wanted[name]:
             raise RunError(
-                f"this run was made with --{name} {saved.get(name)}, not {wanted[name]}: "
-                "drop that flag, choose another --out, or start anew with --overwrite"
-            )
+                f"this run was made with --{name} {had}, not {wanted[name]}: "
+                "drop that flag, choose another --out, or start anew with --overwrite")
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. Processes, devices, noise
+# Processes, devices, noise
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class Setup:
-    """This process's place: rank of world, its device, its autocast context."""
+class DDP:
+    """This process: its rank among `world`, its device, its precision."""
 
     rank: int
     world: int
     device: torch.device
     amp: bool
+
+    @classmethod
+    def start(cls, cfg: RunConfig) -> DDP:
+        """Device, precision and, under torchrun, the process group (nccl on GPUs, gloo on CPUs).
+        Also seeds PyTorch: the same initial weights on every rank."""
+        cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
+        if cuda and not torch.cuda.is_available():
+            raise RunError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")
+        if world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+        torch.manual_seed(cfg.seed)
+        return cls(rank, world, device, cfg.amp == "bf16" or (cfg.amp == "auto" and cuda))
 
     @property
     def is_main(self) -> bool:
@@ -668,56 +767,68 @@ class Setup:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
+    def wrap(self, model: nn.Module, compile: bool) -> nn.Module:
+        """What to call in training: the model compiled (on CUDA), its gradients averaged."""
+        net = torch.compile(model, dynamic=False) if compile and self.on_cuda else model
+        if self.world > 1:
+            devices = [self.device.index] if self.on_cuda else None
+            net = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
+        return net
+
+    def no_sync(self, net: nn.Module, last: bool):
+        """Gradients are averaged over ranks after the last micro-batch only."""
+        return contextlib.nullcontext() if last or self.world == 1 else net.no_sync()
+
+    def put(self, array: np.ndarray | Tensor | None) -> Tensor | None:
+        """To the device, without waiting for it."""
+        if array is None:
+            return None
+        tensor = torch.as_tensor(array)
+        if self.on_cuda and not tensor.is_cuda:
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def sum(self, x: Tensor) -> Tensor:
         """Sum of x over ranks, on the device, without waiting for it."""
         if self.world > 1:
+            x = x.clone()
             dist.all_reduce(x)
         return x
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is on one (waits for all ranks)."""
-        if self.world == 1:
-            return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
 
+    def sync(self) -> None:
+        """Wait for the device, to read the clock."""
+        if self.on_cuda:
+            torch.cuda.synchronize()
 
-def setup(cfg: RunConfig) -> Setup:
-    """Device, precision and, under torchrun, the process group (nccl on GPUs, gloo on CPUs)."""
-    cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise RunError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    amp = cfg.amp == "bf16" or (cfg.amp == "auto" and cuda)
-    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
-    return Setup(rank, world, device, amp)
+    def print(self, text: str) -> None:
+        """On rank 0 alone."""
+        if self.is_main:
+            print(text, flush=True)
 
 
-def micro_batches(batch_size: int, micro_batch: int, place: Setup) -> list[Tensor]:
+def micro_batches(batch_size: int, micro_batch: int, ddp: DDP) -> list[Tensor]:
     """This rank's sample indices within the global batch, one tensor per accumulation step.
 
     The global batch stays the same on any number of ranks: `micro_batch` is only the most that
     one device takes at once. Indices are interleaved, so that each micro-batch covers the whole
     range of low-discrepancy times. Raises RunError if the batch does not divide evenly.
     """
-    if batch_size % place.world:
+    if batch_size % ddp.world:
         raise RunError(f"--batch_size {batch_size} must be a multiple of the number of "
-                       f"processes, {place.world}")
-    share = batch_size // place.world
+                       f"processes, {ddp.world}")
+    share = batch_size // ddp.world
     parts = -(-share // micro_batch)
     while share % parts:
         parts += 1
-    groups = parts * place.world
-    return [torch.arange(k * place.world + place.rank, batch_size, groups) for k in range(parts)]
+    groups = parts * ddp.world
+    return [torch.arange(k * ddp.world + ddp.rank, batch_size, groups) for k in range(parts)]
 
 
-def mix(*numbers: int) -> int:
+def fold_in(*numbers: int) -> int:
     """A 63-bit seed from integers (seed, step, sample, ...): near ones give unrelated streams."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
@@ -730,7 +841,7 @@ def sample_normal(
     Each sample has a stream of its own, a function of (seed, step, its index), so the number of
     ranks and the micro-batch size change nothing and no rank draws another's share.
     """
-    generator, base = torch.Generator(device), mix(seed, step, 2)
+    generator, base = torch.Generator(device), fold_in(seed, step, 2)
     out = torch.empty(len(index), *shape, device=device)
     for row, i in zip(out, index.tolist()):
         generator.manual_seed(base ^ (i * 0x9E3779B97F4A7C15 & 2**63 - 1))
@@ -739,7 +850,224 @@ def sample_normal(
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. Checkpoints, logs, progress
+# The run around a training loop
+# ---------------------------------------------------------------------------------------------
+
+
+class Run:
+    """What is around a training loop: it resumes, logs, saves and stops, and knows no method.
+
+        run = Run(script, cfg, ddp, data, model, optimizer, ema)      # resumes here
+        for step in run.steps(summarise):
+            ...                                                       # the script's step
+            run.add(tokens=..., **statistics)
+
+    In --mode bench the same loop is timed: nothing is read, saved or logged.
+    """
+
+    def __init__(self, script: str, cfg: RunConfig, ddp: DDP, data: Any, model: nn.Module,
+                 optimizer: torch.optim.Optimizer, ema: EMA, flops_per_token: float = 0.0,
+                 note: str = ""):
+        """`flops_per_token` of a training step gives the utilisation; `note` joins the line that
+        a training prints first. Raises RunError if the folder's checkpoint does not fit."""
+        self.ema, self.step, self.complete = ema, 0, False
+        self._script, self._cfg, self._ddp, self._data = script, cfg, ddp, data
+        self._model, self._optimizer, self._flops = model, optimizer, flops_per_token
+        self._total: dict[str, Tensor] = {}
+        self._seconds = 0.0
+        self._checkpoint = Path(cfg.out) / "checkpoint.pt"
+        self._parameters = sum(p.numel() for p in ema.model.parameters())
+        if cfg.mode == "bench":
+            return
+        self._resumed = self._checkpoint.exists() and not cfg.overwrite
+        if self._resumed:
+            self._resume()
+        else:
+            torch.manual_seed(fold_in(cfg.seed, ddp.rank))  # dropout differs between ranks
+        over = self.step >= cfg.steps or (cfg.minutes and self._seconds >= 60 * cfg.minutes)
+        self.complete = bool(over and (Path(cfg.out) / "result.json").exists())
+        if self.complete:
+            ddp.print(f"{cfg.out} is complete: {self.step} steps in {self._seconds / 60:.1f} "
+                      f"minutes. To continue, give more --steps"
+                      f"{' or --minutes' if cfg.minutes else ''}; to start anew, --overwrite or "
+                      f"another --out; to sample: python {script}.py --dataset {cfg.dataset} "
+                      f"--mode sample --out {cfg.out}")
+            return
+        ddp.print(f"{data.describe()}{note} | {self._parameters / 1e6:.1f}M parameters | "
+                  f"{environment(ddp)['hardware']}")
+        ddp.print(f"{f'resuming at step {self.step}' if self._resumed else 'training'} -> {cfg.out}"
+                  + (", once compiled: one to three minutes" if cfg.compile and ddp.on_cuda
+                     else ""))
+
+    def add(self, **stats: Tensor | float) -> None:
+        """Add to this rank's statistics since the last log line. `tokens` gives the speed. Best are
+        tensors on the device: for a number the host would wait."""
+        for name, value in stats.items():
+            value = torch.as_tensor(value, device=self._ddp.device).detach()
+            self._total[name] = self._total[name] + value if name in self._total else value
+
+    def steps(self, summarise: Callable[[dict], tuple[dict, dict]]) -> Iterator[int]:
+        """Yields the numbers of the steps to do. `summarise` makes of the sums of all ranks'
+        statistics, a number or a list each, what log.jsonl gets and what the bar shows.
+
+        Raises RunError where a statistic is not finite, KeyboardInterrupt after Ctrl-C or SIGTERM,
+        once the step is saved.
+        """
+        cfg, ddp = self._cfg, self._ddp
+        if cfg.mode == "bench":
+            yield from self._timed_steps()
+        if cfg.mode == "bench" or self.complete:
+            return
+        stop, bar, finished, logged = StopRequest(), self._open_log(), False, self.step
+        clock, mark = time.time(), None
+        try:
+            while self.step < cfg.steps and not finished:
+                yield self.step
+                self.step += 1
+                if mark is None:  # compilation is not training time
+                    ddp.sync()
+                    clock = time.time()
+                    mark = self.step, clock
+                now = time.time()
+                bar.update(self.step - bar.n)
+                at_log = self.step % cfg.log_every == 0 or self.step == cfg.steps
+                out_of_time = cfg.minutes and self._seconds + now - clock >= 60 * cfg.minutes
+                # Several ranks must agree before they leave the loop: they ask at the log.
+                finished = stop.asked or bool(out_of_time)
+                if ddp.world > 1:
+                    finished = ddp.any(finished) if at_log else False
+                if at_log or finished:
+                    total = self._sums(logged)  # the only wait for the device
+                    now = time.time()
+                    done = (self.step - mark[0]) / (self.step - logged)
+                    rate = done * total["tokens"] / max(1e-9, now - mark[1])
+                    use = utilisation(rate * self._flops, ddp)
+                    record, shown = summarise(total)
+                    self._write(dict(
+                        step=self.step, **record, lr=self._optimizer.param_groups[0]["lr"],
+                        tokens_per_s=round(rate), mfu=use and round(use, 4),
+                        seconds=round(self._seconds + now - clock, 2)))
+                    bar.set_postfix(shown | {"tok/s": f"{rate:,.0f}"}
+                                    | ({"mfu": f"{use:.0%}"} if use else {}), refresh=False)
+                    self._total, logged, mark = {}, self.step, (self.step, time.time())
+                if self.step % cfg.save_every == 0 or self.step == cfg.steps or finished:
+                    self._seconds, clock = self._seconds + time.time() - clock, time.time()
+                    bad = not all(bool(torch.isfinite(v).all()) for v in self._total.values())
+                    if not (ddp.any(bad) if ddp.world > 1 else bad):
+                        self._save()
+        finally:
+            bar.close()
+            stop.restore()
+        if stop.asked:
+            ddp.print(f"stopped at step {self.step}, saved: the same command resumes")
+            raise KeyboardInterrupt
+
+    def _facts(self) -> dict:
+        """What result.json says of the run itself."""
+        return dict(dataset=self._cfg.dataset, step=self.step, parameters=self._parameters,
+                    train_seconds=round(self._seconds, 1),
+                    config=dataclasses.asdict(self._cfg), **environment(self._ddp))
+
+    def _resume(self) -> None:
+        state = read_checkpoint(self._checkpoint, self._script, self._ddp.device)
+        check_same_run(state["config"], dataclasses.asdict(self._cfg), type(self._cfg))
+        check_same_tokens(state["tokenizer"], self._data, self._cfg)
+        load_weights(self._model, state["model"], self._checkpoint)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["ema"])
+        self.step, self._seconds = state["step"], state["seconds"]
+        restore_rng(state["rng"], self._ddp, self.step)
+
+    def _save(self) -> None:
+        rng = rng_states(self._ddp)  # every rank takes part
+        if self._ddp.is_main:
+            write_checkpoint(self._checkpoint, dict(
+                method=self._script, config=dataclasses.asdict(self._cfg),
+                model=self._model.state_dict(), ema=self.ema.state_dict(),
+                optimizer=self._optimizer.state_dict(), step=self.step, seconds=self._seconds,
+                rng=rng, tokenizer=self._data.tokenizer()))
+
+    def _sums(self, logged: int) -> dict[str, Any]:
+        """All ranks' statistics since step `logged` as numbers and lists."""
+        flat = torch.cat([v.flatten().double() for v in self._total.values()])
+        flat = self._ddp.sum(flat).tolist()
+        if bad := next((x for x in flat if not math.isfinite(x)), None):
+            raise RunError(
+                f"the loss is {bad} between steps {logged} and {self.step}. "
+                + (f"{self._checkpoint} still holds an earlier, good state: "
+                   if self._checkpoint.exists() else "Nothing was saved yet: ")
+                + "try a lower --lr or --clip")
+        total, begin = {}, 0
+        for name, value in self._total.items():
+            part, begin = flat[begin:begin + value.numel()], begin + value.numel()
+            total[name] = part if value.dim() else part[0]
+        return total
+
+    def _open_log(self) -> tqdm:
+        """log.jsonl in the run folder, whose first line says what ran, and a bar."""
+        self._log = None
+        if self._ddp.is_main:
+            Path(self._cfg.out).mkdir(parents=True, exist_ok=True)
+            self._log = Path(self._cfg.out) / "log.jsonl"
+            if not self._resumed:
+                self._log.write_text("")
+            self._write({"start": dict(method=self._script, argv=sys.argv[1:], **self._facts()),
+                         "step": self.step})
+        return progress(total=self._cfg.steps, initial=self.step, unit="step", leave=True,
+                        disable=not self._ddp.is_main)
+
+    def _write(self, record: dict) -> None:
+        if self._log:
+            with open(self._log, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _timed_steps(self) -> Iterator[int]:
+        """--mode bench: five steps to warm up, then bench_steps that count."""
+        cfg, ddp, begin, warm = self._cfg, self._ddp, time.time(), 5
+        for step in range(warm + cfg.bench_steps):
+            if step == warm:
+                ddp.sync()
+                warmup, begin, self._total = time.time() - begin, time.time(), {}
+            yield step
+        ddp.sync()
+        seconds = (time.time() - begin) / cfg.bench_steps
+        rate = self._sums(0)["tokens"] / cfg.bench_steps / seconds
+        use = utilisation(rate * self._flops, ddp)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if ddp.on_cuda else None
+        ddp.print(json.dumps(dict(
+            method=self._script, dataset=cfg.dataset, length=self._data.length,
+            tokens_per_step=round(rate * seconds), parameters=self._parameters,
+            tokens_per_s=round(rate), ms_per_step=round(1000 * seconds, 2),
+            mfu=use and round(use, 4), peak_gib=memory and round(memory, 2),
+            warmup_s=round(warmup, 1), **environment(ddp))))
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the loop to save and end; a second one ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def progress(iterable=None, desc: str | None = None, total: int | None = None, **options) -> tqdm:
+    """A bar on the terminal; a line every ten seconds elsewhere."""
+    quiet = not sys.stderr.isatty()
+    return tqdm(iterable, desc, total, **dict(
+        leave=False, dynamic_ncols=True, mininterval=10 if quiet else 0.2) | options)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints and files
 # ---------------------------------------------------------------------------------------------
 
 
@@ -759,18 +1087,19 @@ def write_checkpoint(path: Path, state: dict) -> None:
                        "the same command again") from error
 
 
-def read_checkpoint(path: Path, method: str, device: str | torch.device = "cpu") -> dict:
-    """Load a checkpoint of `method` with weights_only=True, or say what is wrong with it."""
+def read_checkpoint(path: Path, method: str = "", device: str | torch.device = "cpu",
+                    mmap: bool = False) -> dict:
+    """Load a checkpoint (of `method`) with weights_only=True, or say what is wrong with it."""
     if not path.exists():
         raise RunError(f"no checkpoint at {path}: train first, or point --out at a run folder")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds for truncated and foreign files
         raise RunError(f"{path} is truncated or not a checkpoint ({type(error).__name__}): "
                        "restore it from a copy, or start anew with --overwrite") from error
     if not isinstance(state, dict) or state.get("format") != "catdiff-1":
         raise RunError(f"{path} is not a checkpoint of this project")
-    if state["method"] != method:
+    if method and state["method"] != method:
         raise RunError(f"{path} is a checkpoint of {state['method']}.py, not of {method}.py")
     return state
 
@@ -784,29 +1113,37 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
         raise RunError(f"{path} does not fit this model: {detail}") from error
 
 
-def rng_states(place: Setup) -> list[dict]:
+def check_same_tokens(saved: dict, data: Any, cfg: RunConfig) -> None:
+    """Refuse data whose vocabulary is not the one in a checkpoint's tokenizer dictionary."""
+    mine = data.tokenizer()
+    if any(mine[k] != saved[k] for k in ("vocab", "pixels") if k in mine and k in saved):
+        raise RunError(f"the data of {cfg.dataset} are not those that {cfg.out} learned its tokens "
+                       "from: restore them, or choose another --out")
+
+
+def rng_states(ddp: DDP) -> list[dict]:
     """The random state of every rank (for dropout: all other noise is a function of the step)."""
     mine = {"cpu": torch.get_rng_state()}
-    if place.on_cuda:
-        mine["cuda"] = torch.cuda.get_rng_state(place.device)
-    if place.world == 1:
+    if ddp.on_cuda:
+        mine["cuda"] = torch.cuda.get_rng_state(ddp.device)
+    if ddp.world == 1:
         return [mine]
-    states: list[Any] = [None] * place.world
+    states: list[Any] = [None] * ddp.world
     dist.all_gather_object(states, mine)
     return states
 
 
-def restore_rng(states: list[dict], place: Setup, step: int) -> None:
+def restore_rng(states: list[dict], ddp: DDP, step: int) -> None:
     """Exact on the same number of ranks; another layout starts fresh dropout streams."""
-    if len(states) == place.world:
-        torch.set_rng_state(states[place.rank]["cpu"].cpu())
-        if place.on_cuda and "cuda" in states[place.rank]:
-            torch.cuda.set_rng_state(states[place.rank]["cuda"].cpu(), place.device)
+    if len(states) == ddp.world:
+        torch.set_rng_state(states[ddp.rank]["cpu"].cpu())
+        if ddp.on_cuda and "cuda" in states[ddp.rank]:
+            torch.cuda.set_rng_state(states[ddp.rank]["cuda"].cpu(), ddp.device)
     else:
-        torch.manual_seed(mix(step, place.rank))
+        torch.manual_seed(fold_in(step, ddp.rank))
 
 
-def environment(place: Setup) -> dict:
+def environment(ddp: DDP) -> dict:
     """Commit ($CATDIFF_COMMIT if set, else what git says), versions and hardware, for logs."""
     commit = os.environ.get("CATDIFF_COMMIT", "")
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -818,10 +1155,10 @@ def environment(place: Setup) -> dict:
             commit += "+changes" if subprocess.run(status, **run).stdout.strip() else ""
     except (OSError, subprocess.SubprocessError):
         commit = "unknown"
-    if place.on_cuda:
-        hardware = f"{place.world} x {torch.cuda.get_device_name(place.device)}"
+    if ddp.on_cuda:
+        hardware = f"{ddp.world} x {torch.cuda.get_device_name(ddp.device)}"
     else:
-        hardware = f"{place.world} x CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+        hardware = f"{ddp.world} x CPU, {torch.get_num_threads()} threads, {platform.machine()}"
     return dict(commit=commit, python=platform.python_version(), torch=torch.__version__,
                 hardware=hardware)
 
@@ -831,77 +1168,188 @@ PEAK_BF16 = {  # dense bf16 FLOP/s by the vendor's data sheets, without sparsity
 }
 
 
-def utilisation(flops_per_s: float, place: Setup) -> float | None:
-    """Model FLOP/s over the devices' peak, None where the peak is not known."""
-    if not place.on_cuda or not place.amp:
+def utilisation(flops_per_s: float, ddp: DDP) -> float | None:
+    """Model FLOP/s over the devices' peak, None where either is not known."""
+    if not ddp.on_cuda or not ddp.amp or not flops_per_s:
         return None
-    name = torch.cuda.get_device_name(place.device)
+    name = torch.cuda.get_device_name(ddp.device)
     peak = next((v for k, v in PEAK_BF16.items() if k in name), None)
-    return flops_per_s / (peak * place.world) if peak else None
+    return flops_per_s / (peak * ddp.world) if peak else None
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Indented JSON, atomically."""
+def write_text(path: Path, text: str) -> None:
+    """Atomically."""
     temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-class Progress:
-    """Bar on the terminal and log.jsonl in the run folder; the first line says what ran."""
-
-    def __init__(self, out: Path, place: Setup, start: dict, step: int, steps: int, keep: bool):
-        self.place, self.bar, self.file = place, None, None
-        if place.is_main:
-            self.file = open(out / "log.jsonl", "a" if keep else "w")
-            self.write({"start": start, "step": step})
-            quiet = not sys.stderr.isatty()
-            self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True,
-                            mininterval=10 if quiet else 0.2)
-
-    def write(self, record: dict) -> None:
-        if self.file:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-
-    def advance(self, step: int) -> None:
-        if self.bar:
-            self.bar.update(step - self.bar.n)
-
-    def log(self, record: dict, shown: dict) -> None:
-        """Append `record` to the log and show `shown` beside the bar."""
-        self.write(record)
-        if self.bar:
-            self.bar.set_postfix(shown, refresh=False)
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.close()
-            self.file.close()
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM ask the loop to save and end; a second Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.asked = False
-        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _ask(self, number, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Call main; a RunError (or a ValueError of data.py) becomes one line and exit code 1."""
+# ---------------------------------------------------------------------------------------------
+# What every script does after training: score, draw, report
+# ---------------------------------------------------------------------------------------------
+
+
+def eval_batches(data: Any, split: str, batch: int, limit: int, ddp: DDP, show: bool = True
+                 ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """This rank's share of a split on its device: ids (b, L) and what is given with them."""
+    most = min(limit or 10**12, data.num_sequences(split))
+    batches = data.eval_batches(split, batch, limit or None, ddp.rank, ddp.world)
+    for ids, given in progress(batches, f"evaluate {split}", math.ceil(most / batch / ddp.world),
+                               disable=not (show and ddp.is_main)):
+        yield ddp.put(ids), ddp.put(given)
+
+
+def estimates(values: dict[str, Tensor], data: Any, ddp: DDP, **facts: Any) -> dict[str, dict]:
+    """Means and standard errors over sequences and draws on all ranks, of figures (n,) in nats per
+    token: in bits per character or byte, nats per point (toys), or nats per token, then with the
+    perplexity of a likelihood. `facts` join each figure."""
+    scale, unit = {"token": (1.0, "nats/token"), "bin": (data.length, "nats/point")}.get(
+        data.unit, (1 / math.log(2), f"bits/{data.unit}"))
+    figures = {}
+    for name, v in values.items():
+        v = v * scale
+        n, total, square = ddp.sum(torch.stack([torch.ones_like(v), v, v**2]).sum(1)).tolist()
+        figures[name] = dict(
+            value=total / n, stderr=math.sqrt(max(0.0, square / n - (total / n) ** 2) / n),
+            unit=unit, draws=int(n), **facts)
+        if data.unit == "token" and name.startswith("nll"):
+            figures[name]["perplexity"] = math.exp(total / n)
+    return figures
+
+
+def print_figures(figures: dict[str, dict]) -> None:
+    for name, f in figures.items():
+        error = f" ± {f['stderr']:.4f}" if "stderr" in f else ""
+        perplexity = f"  perplexity {f['perplexity']:.2f}" if "perplexity" in f else ""
+        note = "" if f.get("is_bound", True) else "  (the paper's figure: no bound)"
+        print(f"{name:15s} {f['value']:.4f}{error} {f['unit']}{perplexity}{note}")
+
+
+def draw_in_batches(n: int, at_once: int, calls: int, sampler: Callable[[int, int], Iterator]
+                    ) -> Tensor:
+    """n samples (n, L) on the CPU. sampler(begin, end) yields after each of `calls` network calls;
+    what it yields last are samples begin to end."""
+    found, bar = [], progress(desc="sample", unit="step", total=math.ceil(n / at_once) * calls)
+    for begin in range(0, n, at_once):
+        for x in sampler(begin, min(n, begin + at_once)):
+            bar.update()
+        found.append(x.cpu())
+    bar.close()
+    return torch.cat(found)
+
+
+def show_texts(ids: Tensor, data: Any, out: str) -> None:
+    """Print samples (n, L) as text; samples.jsonl in the run folder gets them too."""
+    rows = [dict(text=data.decode(row), ids=row) for row in ids.tolist()]
+    write_jsonl(Path(out) / "samples.jsonl", rows)
+    for row in rows:
+        print(f"\n--- sample\n{row['text']}")
+
+
+def report(script: ModuleType, cfg: RunConfig, ddp: DDP, data: Any, run: Run) -> None:
+    """Evaluate and sample with the averaged weights; print and write result.json."""
+    with run.ema.swapped_in() as model:
+        model.eval()
+        figures = script.evaluate(model, cfg, data, ddp)
+        if not ddp.is_main:
+            return
+        drawn = script.draw(model, cfg, data, ddp, trained=True)
+    entropies, file = data.entropies(cfg.split), Path(cfg.out) / "result.json"
+    write_json(file, dict(method=script.name_of(cfg), **run._facts(), split=cfg.split,
+                          figures=figures, **drawn, **entropies))
+    print()
+    for name, value in entropies.items():
+        values = value if isinstance(value, dict) else {"points": value}
+        print(f"entropy of {data.name}/{cfg.split}: "
+              + ", ".join(f"{k} {v:.3f}" for k, v in values.items()) + f" {name.split('_')[-1]}")
+    print_figures(figures)
+    print(f"{file}: {run.step} steps, {run._facts()['train_seconds'] / 60:.1f} minutes of training")
+
+
+def open_run(script: ModuleType, out: str, flags: list[str]
+             ) -> tuple[Any, DDP, nn.Module, Any, int]:
+    """A trained run for eval.py: its config with `flags`, processes, model with the averaged
+    weights, data, step."""
+    cfg = parse_config(script, ["--mode", "eval", "--out", out, *flags])
+    ddp = DDP.start(cfg)
+    return cfg, ddp, *_load_trained(script, cfg, ddp)
+
+
+def _load_trained(script: ModuleType, cfg: RunConfig, ddp: DDP) -> tuple[nn.Module, Any, int]:
+    path = Path(cfg.out) / "checkpoint.pt"
+    state = read_checkpoint(path, script_name(script), ddp.device)
+    data = script.load(cfg, state["tokenizer"] if cfg.mode == "sample" else None)
+    check_same_tokens(state["tokenizer"], data, cfg)
+    model = script.build(cfg, data).to(ddp.device)
+    load_weights(model, state["ema"]["params"], path)
+    return model.eval(), data, state["step"]
+
+
+def score(script: ModuleType, out: str, flags: list[str]) -> dict:
+    """Figures of a run folder: what eval.py asks for. On the full split, unless the script says
+    that this is too much (SCORE_FLAGS)."""
+    asked = getattr(script, "SCORE_FLAGS", ["--eval_sequences", "0"])
+    cfg, ddp, model, data, step = open_run(script, out, [*asked, *flags])
+    return dict(method=script.name_of(cfg), dataset=cfg.dataset, split=cfg.split, step=step,
+                length=data.length, figures=script.evaluate(model, cfg, data, ddp))
+
+
+def main(script: ModuleType, argv: list[str] | None = None) -> None:
+    """The command line of a script: a module with Config, PRESETS, and
+    load(cfg, tokenizer=None) -> data, of a checkpoint's tokenizer alone where sampling needs no
+                                 more
+    build(cfg, data) -> the network that is sampled and scored
+    train(cfg, ddp, data) -> Run
+    evaluate(model, cfg, data, ddp) -> figures
+    draw(model, cfg, data, ddp, trained=False) -> prints and writes samples; entries of result.json
+    name_of(cfg) -> what tables call the run
+    and, for `eval.py collapse`, probe(model, cfg, data, ddp, times).
+    """
+    cfg = parse_config(script, argv)
+    ddp = DDP.start(cfg)
+    if cfg.mode == "bench":  # one micro-batch per device and step
+        for whole, part in (("batch_size", "micro_batch"), ("batch_tokens", "micro_tokens")):
+            if hasattr(cfg, part):
+                at_once = min(getattr(cfg, whole), getattr(cfg, part))
+                cfg = dataclasses.replace(cfg, **{whole: at_once * ddp.world})
+    if cfg.mode in ("train", "bench"):
+        data = script.load(cfg)
+        run = script.train(cfg, ddp, data)
+        if cfg.mode == "train" and not run.complete:
+            report(script, cfg, ddp, data, run)
+    elif cfg.mode == "sample":
+        model, data, _ = _load_trained(script, cfg, ddp)
+        if ddp.is_main:
+            script.draw(model, cfg, data, ddp)
+    elif cfg.mode == "eval":
+        model, data, step = _load_trained(script, cfg, ddp)
+        figures = script.evaluate(model, cfg, data, ddp)
+        if ddp.is_main:
+            print_figures(figures)
+            file = Path(cfg.save or Path(cfg.out) / "eval.json")
+            write_json(file, dict(
+                method=script.name_of(cfg), dataset=cfg.dataset, split=cfg.split, step=step,
+                argv=argv or sys.argv[1:], figures=figures, config=dataclasses.asdict(cfg),
+                **environment(ddp)))
+            print(f"-> {file}")
+    else:  # a mode of the script's own
+        getattr(script, cfg.mode)(cfg)
+
+
+def run_main(main: Callable[..., None], *args: Any) -> None:
+    """Call main; a RunError (a ValueError of data.py, an OSError of a file) becomes one line and
+    exit code 1."""
     try:
-        main()
-    except (RunError, ValueError, FileNotFoundError) as error:
+        main(*args)
+    except (RunError, ValueError, OSError) as error:
         if os.environ.get("CATDIFF_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -1,10 +1,11 @@
-"""Metrics, and one table for any number of runs.
+"""Metrics, each defined once, and one table for any number of runs.
 
     python eval.py runs/cadd-pydoc runs/mdlm-pydoc         score checkpoints and their samples
     python eval.py runs/cadd-text8 --split test            on another split
     python eval.py samples.jsonl --dataset english27       a file of samples alone
-    python eval.py collapse runs/catdm-mnist runs/csdm-mnist    have learned embeddings collapsed?
     python eval.py translations.jsonl --metrics comet      translations with references
+    python eval.py curves runs/cadd-pydoc runs/mdlm-pydoc  loss and bounds over training steps
+    python eval.py collapse runs/catdm-mnist runs/csdm-mnist    have learned embeddings collapsed?
 
 A run folder is scored on the full split (VADD: on as many sequences as the run's --eval_sequences,
 its figures cost many network calls) with a fixed seed and the averaged (EMA) weights; the
@@ -23,6 +24,9 @@ the row "data" gives the same metrics of real text, the value to aim at.
                     100,000 samples and of the training points, 1e-6 added inside the logarithm:
                     what VADD's Table 1 calls JS. js is the Jensen-Shannon divergence in nats. Row
                     "data" has fresh data points, "mdlm at best" an MDM with exact conditionals
+    recognised      images with classes: share of samples whose class a small network finds
+    frechet         FID with that network's 64 features, samples against the valid split: it
+                    compares runs on one set only, and equal numbers of samples
     exact           translations: percentage equal to their reference, character by character
     bleu            corpus BLEU-4 in percent of lower-cased text, tokenised as mteval-v13a does
     sacrebleu       the same as sacrebleu reports it by default, if that package is installed
@@ -45,35 +49,42 @@ the row "data" gives the same metrics of real text, the value to aim at.
     CE              the network's cross-entropy of x0 given z_t (CADD: at masked positions),
                     averaged over t; "t at half CE": when it first reaches half its value near t = 1
 
-The pictures are collapse.png (variances, cross-entropy and DGS over t, principal axes, magnitudes)
-and distances.png (between all embeddings), with the curves' numbers in collapse.json.
+Pictures need matplotlib (pip install matplotlib), tables and JSON do not. `collapse` writes
+collapse.json with the curves' numbers, collapse.png (variances, cross-entropy and DGS over t,
+principal axes, magnitudes) and distances.png (between all embeddings); `curves` writes curves.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
-import itertools
+import importlib.util
 import json
 import math
+import operator
 import re
 import sys
 import textwrap
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Iterable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import common
 from common import RunError
-from data import (TOY_POINTS, TextData, load_dataset, ngrams, pillow, score_translations,
-                  words)
+from data import TOY_BINS, TOY_POINTS, Sequences, load_dataset, tokenise_13a, words
 
-METHODS = ("cadd", "vadd", "difformer", "catdm")  # scripts with a function score(out, flags)
+# ---------------------------------------------------------------------------------------------
+# Samples of text
+# ---------------------------------------------------------------------------------------------
 
 
 def entropy(samples: Iterable[Sequence[int]]) -> float:
@@ -95,8 +106,7 @@ def spelled(texts: Iterable[str], vocabulary: set[str]) -> float | None:
     """
     good = total = 0
     for text in texts:
-        whole = [w for w in text.replace("\n", " ").split(" ")][1:-1]
-        whole = [w for w in whole if w]
+        whole = [w for w in text.replace("\n", " ").split(" ")[1:-1] if w]
         good += sum(w in vocabulary for w in whole)
         total += len(whole)
     return good / total if total else None
@@ -120,7 +130,7 @@ def parses(texts: Iterable[str]) -> float:
     return sum(results) / len(results)
 
 
-def score_samples(rows: list[dict], data: TextData) -> dict:
+def score_samples(rows: list[dict], data: Sequences) -> dict:
     """All sample metrics that make sense for `data`; rows have "text" and perhaps "ids"."""
     texts = [row["text"] for row in rows]
     ids = [row["ids"] if "ids" in row else data.encode(row["text"]) for row in rows]
@@ -132,15 +142,81 @@ def score_samples(rows: list[dict], data: TextData) -> dict:
     return out
 
 
-def score_data(data: TextData, split: str, count: int = 256) -> dict:
+def score_data(data: Sequences, split: str, count: int = 256) -> dict:
     """The same metrics on `count` windows of real text."""
-    rows = [row for batch in data.eval_batches(split, 64, limit=count) for row in batch]
+    rows = [row for batch in data.eval_batches(split, 64, limit=count) for row in batch.ids]
     return score_samples([dict(text=data.decode(row), ids=row) for row in rows], data)
 
 
 # ---------------------------------------------------------------------------------------------
 # Translations
 # ---------------------------------------------------------------------------------------------
+
+
+def ngrams(words: Sequence) -> list[Counter]:
+    """Counts of the 1-, 2-, 3- and 4-grams."""
+    return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, 5)]
+
+
+def bleu_of_counts(hits: list[int], totals: list[int], length: int, reference_length: int,
+                   smooth: bool = False) -> float:
+    """BLEU-4 in [0, 1] (Papineni et al. 2002) from the n-grams that match and all, n = 1..4.
+
+    `smooth` adds one to both counts of n > 1 (Lin and Och 2004): for single sentences, which
+    often share no 4-gram with their reference.
+    """
+    if smooth:
+        hits, totals = ([x[0], *(n + 1 for n in x[1:])] for x in (hits, totals))
+    if not min(hits):
+        return 0.0
+    brevity = min(0.0, 1 - reference_length / length)
+    return math.exp(brevity + sum(math.log(h / t) for h, t in zip(hits, totals)) / 4)
+
+
+def bleu(hypotheses: Sequence[Sequence], references: Sequence[Sequence[Sequence]],
+         smooth: bool = False) -> float:
+    """Corpus BLEU-4 in [0, 1] of token lists; each has one or more references."""
+    hits, totals, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    for hypothesis, several in zip(hypotheses, references, strict=True):
+        length += len(hypothesis)
+        reference_length += min((abs(len(r) - len(hypothesis)), len(r)) for r in several)[1]
+        for n, (found, *known) in enumerate(zip(*map(ngrams, [hypothesis, *several]))):
+            most = functools.reduce(operator.or_, known)  # of each n-gram, in any one reference
+            hits[n] += (found & most).total()
+            totals[n] += found.total()
+    return bleu_of_counts(hits, totals, length, reference_length, smooth)
+
+
+def score_translations(rows: Sequence[dict]) -> dict[str, dict]:
+    """Figures of {"text", "reference"} rows that training reports: exact matches and corpus BLEU,
+    lower-cased and tokenised. `translation_figures` has more. Raises RunError without rows."""
+    if not rows:
+        raise RunError("there are no translations to score")
+    texts, references = ([tokenise_13a(row[k].lower()) for row in rows]
+                         for k in ("text", "reference"))
+    p = sum(row["text"] == row["reference"] for row in rows) / len(rows)
+    return {
+        "exact": dict(value=100 * p, unit="%", stderr=100 * math.sqrt(p * (1 - p) / len(rows))),
+        "bleu": dict(value=100 * bleu(texts, [[r] for r in references]), unit="lower case, 13a")}
+
+
+def choose(candidates: Sequence[Sequence[int]]) -> int:
+    """Minimum Bayes risk: which candidate (token ids) has the best mean sentence BLEU with the
+    others. Difformer's paper: or by an autoregressive model's likelihood, as its published
+    scripts do."""
+    several = Counter(map(tuple, candidates))
+    if len(several) == 1:
+        return 0
+    counts = {c: ngrams(c) for c in several}
+
+    def similar(c: tuple, o: tuple) -> float:
+        hits = [sum(min(k, b[g]) for g, k in a.items()) for a, b in zip(counts[c], counts[o])]
+        totals = [max(0, len(c) - n) for n in range(4)]
+        return bleu_of_counts(hits, totals, len(c), len(o), smooth=True)
+
+    # Each counts itself too, which adds the same to all.
+    value = {c: sum(n * similar(c, o) for o, n in several.items()) for c in several}
+    return list(map(tuple, candidates)).index(max(value, key=value.get))
 
 
 def sacrebleu(rows: list[dict]) -> dict[str, dict]:
@@ -181,7 +257,7 @@ def diversity(candidates: Sequence[str], n: int = 4) -> float | None:
 
 
 def bertscore(rows: list[dict]) -> dict[str, dict]:
-    """Mean F1 with DiffuSeq's model, in percent."""
+    """Mean F1 with DiffuSeq's model, in percent. Raises RunError without the package."""
     try:
         from bert_score import score
     except ImportError:
@@ -192,7 +268,7 @@ def bertscore(rows: list[dict]) -> dict[str, dict]:
 
 
 def comet(rows: list[dict]) -> dict[str, dict]:
-    """COMET's mean of the model named."""
+    """COMET's mean of the model named. Raises RunError without the package or the sources."""
     try:
         from comet import download_model, load_from_checkpoint
     except ImportError:
@@ -224,44 +300,191 @@ def translation_figures(rows: list[dict], extra: Sequence[str] = ()) -> dict[str
 
 
 # ---------------------------------------------------------------------------------------------
-# Collapse: are the learned embeddings still different from one another?
+# Toys: points on a grid of 100 x 100 bins
+# ---------------------------------------------------------------------------------------------
+
+TOY_STEPS = (1, 5, 10, 20)  # VADD's Table 1 and Figure 6
+
+
+def histogram(ids: np.ndarray) -> np.ndarray:
+    """Points (n, 2) of bins -> frequencies (100, 100), float64."""
+    cell = ids[:, 0].astype(np.int64) * TOY_BINS + ids[:, 1]
+    counts = np.bincount(cell, minlength=TOY_BINS**2)
+    return counts.reshape(TOY_BINS, TOY_BINS) / len(ids)
+
+
+def histogram_entropy(p: np.ndarray) -> float:
+    """In nats."""
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+def jeffreys(p: np.ndarray, q: np.ndarray, floor: float = 1e-6) -> float:
+    """[KL(p || q) + KL(q || p)] / 2 in nats, with `floor` added inside each logarithm.
+
+    What VADD's Table 1 calls "JS divergence": it has values above ln 2, which no Jensen-Shannon
+    divergence can have, and this formula gives the table's MDLM rows.
+    """
+    return float(0.5 * ((p - q) * (np.log(p + floor) - np.log(q + floor))).sum())
+
+
+def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
+    """Jensen-Shannon divergence in nats, at most ln 2."""
+    return histogram_entropy((p + q) / 2) - (histogram_entropy(p) + histogram_entropy(q)) / 2
+
+
+def perfect_mdm(p: np.ndarray, steps: int) -> np.ndarray:
+    """What an MDM with the exact conditionals of p samples in `steps` steps: (100, 100).
+
+    With probability 1/steps both positions are revealed in one step, each from its own marginal;
+    else the second one is drawn given the first, and the pair is right.
+    """
+    product = np.outer(p.sum(1), p.sum(0))
+    return product / steps + p * (1 - 1 / steps)
+
+
+def toy_rows(
+    data: Sequences, own: dict[int, np.ndarray], name: str, n: int
+) -> tuple[dict[str, dict], list[np.ndarray]]:
+    """Divergences from the training points' histogram, and three histograms to look at.
+
+    `own` are histograms of n samples by the number of steps. Row "data" is the valid split: what
+    a perfect model would get, for sampling noise alone keeps it from 0. Row "mdlm at best" is n
+    draws of `perfect_mdm`. The histograms: data, mdlm at best, own, for the first number of steps.
+    """
+    p, rng = histogram(data.splits["train"]), np.random.default_rng(0)
+    fresh = histogram(data.splits["valid"])
+    best = {T: rng.multinomial(n, perfect_mdm(p, T).ravel()).reshape(p.shape) / n for T in own}
+    rows = {row: {T: {"jeffreys_1e-6": jeffreys(p, q[T]), "js": jensen_shannon(p, q[T])}
+                  for T in own}
+            for row, q in {"data": dict.fromkeys(own, fresh), "mdlm at best": best,
+                           name: own}.items()}
+    first = next(iter(own))
+    return rows, [p, best[first], own[first]]
+
+
+def toy_table(rows: dict[str, dict]) -> str:
+    """`toy_rows` as lines of text."""
+    steps = list(next(iter(rows.values())))
+    lines = ["jeffreys_1e-6 (JS) in nats, by sampling steps:",
+             f"{'':15s}" + "".join(f"{T:>16}" for T in steps)]
+    lines += [f"{name:15s}" + "".join(f"{v['jeffreys_1e-6']:8.3f} ({v['js']:.3f})"
+                                      for v in row.values()) for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def save_histograms(path: Path, rows: list[list[np.ndarray]]) -> None:
+    """A picture of histograms side by side, one row per list; dark is frequent, y points up."""
+    from torchvision.utils import save_image
+    shades = [1 - torch.from_numpy(p / np.quantile(p[p > 0], 0.99)).clamp(0, 1).T.flip(0)
+              for row in rows for p in row]
+    image = torch.stack(shades)[:, None].float()                      # (n, 1, 100, 100)
+    image = image.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    save_image(image, path, nrow=len(rows[0]), padding=8, pad_value=0.5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Images of tokens, with classes
 # ---------------------------------------------------------------------------------------------
 
 
-def spectrum(table: torch.Tensor) -> torch.Tensor:
+class TokenClassifier:
+    """A small convolutional network on the grid of tokens, trained on the labelled images for some
+    seconds: which class does it see in samples, and how are its 64 features distributed?"""
+
+    steps, batch = 300, 128
+
+    def __init__(self, data: Sequences):
+        rows, columns = data.shape
+        self.real = (torch.from_numpy(data.splits["valid"].astype(np.int64)),
+                     torch.from_numpy(data.labels["valid"]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(data.vocab_size, 32), nn.Linear(
+                64, len(data.classes))
+            self.net = nn.Sequential(
+                nn.Unflatten(2, (rows, columns)), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
+                nn.Conv2d(64, 64, 3, 2, padding=1), nn.ReLU(), nn.Flatten(),
+                nn.Linear(64 * ((rows + 1) // 2) * ((columns + 1) // 2), 64), nn.ReLU())
+            parts = [self.embed, self.net, self.head]
+            optimizer = torch.optim.Adam([p for m in parts for p in m.parameters()], 2e-3)
+            for step in range(self.steps):
+                x, y = data.train_batch(0, step, self.batch, range(self.batch))
+                logits = self.head(self.features(torch.from_numpy(x)))
+                F.cross_entropy(logits, torch.from_numpy(y)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        self.real_features = self.all_features(self.real[0])
+
+    def features(self, x: Tensor) -> Tensor:
+        """(n, L) -> (n, 64)."""
+        return self.net(self.embed(x).transpose(1, 2))
+
+    @torch.no_grad()
+    def all_features(self, x: Tensor) -> Tensor:
+        """The same in parts, without gradient, float64."""
+        return torch.cat([self.features(part) for part in x.split(512)]).double()
+
+    @torch.no_grad()
+    def grade(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        """Samples (n, L) of classes y (n,): the share recognised, and the Fréchet distance of
+        their features to the valid split's (FID with this network; it grows as n falls)."""
+        h, real = self.all_features(x), self.real_features
+        right = (self.head(h.float()).argmax(-1) == y).double().mean().item()
+        mean = (h.mean(0) - real.mean(0)).square().sum()
+        a, b = h.T.cov(), real.T.cov()
+        root = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()  # tr (a b)^1/2
+        return dict(recognised=right, frechet=(mean + a.trace() + b.trace() - 2 * root).item())
+
+
+# ---------------------------------------------------------------------------------------------
+# Collapse: are the learned embeddings still different from one another?
+# ---------------------------------------------------------------------------------------------
+
+PROBE_TIMES = (np.arange(25) + 0.5) / 25  # where `collapse` asks each script's probe
+
+
+def anisotropy(embeddings: Tensor) -> float:
+    """ANI (Difformer 3.1): mean cosine of two different embeddings of (V, D); 1 is a collapsed
+    space."""
+    unit = F.normalize(embeddings.double(), dim=-1)
+    V = len(unit)
+    return ((unit.sum(0).square().sum() - V) / (V * (V - 1))).item()
+
+
+def spectrum(embeddings: Tensor) -> Tensor:
     """Variances of embeddings (V, D) along their principal axes, falling: (min(V - 1, D),) float64.
 
-    The squared singular values of the centred table over V. What float32 cannot tell from equal
+    The squared singular values of the centred matrix over V. What float32 cannot tell from equal
     embeddings is 0.
     """
-    table = table.double()
-    values = torch.linalg.svdvals(table - table.mean(0))[: len(table) - 1].square() / len(table)
-    return torch.where(values > 1e-12 * table.square().sum(-1).mean(), values, 0.0)
+    e = embeddings.double()
+    values = torch.linalg.svdvals(e - e.mean(0))[: len(e) - 1].square() / len(e)
+    return torch.where(values > 1e-12 * e.square().sum(-1).mean(), values, 0.0)
 
 
-def effective_rank(variances: torch.Tensor) -> float:
+def effective_rank(variances: Tensor) -> float:
     """Participation ratio (sum v)^2 / sum v^2: n for n equal variances; 0 if there is none."""
     total = variances.sum().item()
     return total**2 / variances.square().sum().item() if total else 0.0
 
 
-def latent_variances(table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def latent_variances(embeddings: Tensor, tokens: Tensor) -> Tensor:
     """CATDM's Figure 1: the variance over examples of each dimension of EMB(x), falling: (L D,).
 
-    table (V, D), tokens (n, L): EMB(x) is the sequence's embeddings one after another, (L D,).
+    embeddings (V, D), tokens (n, L): EMB(x) is the sequence's embeddings one after another, (L D,).
     """
-    parts = [table.double()[column].var(0, unbiased=False) for column in tokens.T]
+    parts = [embeddings.double()[column].var(0, unbiased=False) for column in tokens.T]
     return torch.cat(parts).sort(descending=True).values
 
 
-def distances(table: torch.Tensor, most: int = 400) -> torch.Tensor:
+def distances(embeddings: Tensor, most: int = 400) -> Tensor:
     """CATDM's Figure 6: Euclidean distances between embeddings (V, D), at most `most` of them."""
-    rows = torch.linspace(0, len(table) - 1, min(most, len(table))).round().long()
-    return torch.cdist(table[rows].double(), table[rows].double(),
-                       compute_mode="donot_use_mm_for_euclid_dist")
+    V = len(embeddings)
+    rows = embeddings[torch.linspace(0, V - 1, min(most, V)).round().long()].double()
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def time_to_half(times: torch.Tensor, values: torch.Tensor) -> float:
+def time_to_half(times: Tensor, values: Tensor) -> float:
     """When a curve (n,) over times (n,) first reaches half of its last value, interpolated."""
     half = values[-1] / 2
     k = int((values >= half).int().argmax())
@@ -271,33 +494,37 @@ def time_to_half(times: torch.Tensor, values: torch.Tensor) -> float:
     return (times[k - 1] + part * (times[k] - times[k - 1])).item()
 
 
-def collapse(probe: dict) -> dict:
-    """All that is asked of a script's `probe`: figures for the table, curves for the pictures."""
-    from difformer import anisotropy, dgs_monte_carlo
-    table, times, ce, signal, sigma = (
+def collapse(times: np.ndarray, probe: dict) -> dict:
+    """{"figures" for the table, "curves" for the pictures} of what a script's `probe` found.
+
+    At times (n,): cross_entropy (n,) in nats, signal (n,) and sigma (n,) of z_t = signal z_0 +
+    sigma eps; embeddings (V, D); tokens (m, L), or None where sequences vary in length.
+    """
+    from difformer import dgs_monte_carlo  # its paper's Algorithm 2
+    embeddings, ce, signal, sigma = (
         torch.as_tensor(probe[key]).detach().double().cpu()
-        for key in ("embeddings", "times", "cross_entropy", "signal", "sigma"))
-    axes, norms = spectrum(table), table.norm(dim=-1)
-    dgs = dgs_monte_carlo(signal, sigma, table.float(), draws=-(-4000 // len(table)))
+        for key in ("embeddings", "cross_entropy", "signal", "sigma"))
+    times, (V, D) = torch.as_tensor(times), embeddings.shape
+    axes, norms = spectrum(embeddings), embeddings.norm(dim=-1)
+    dgs = dgs_monte_carlo(signal, sigma, embeddings.float(), draws=-(-4000 // V))
     figures = dict(
-        V=len(table), D=table.shape[1], norm=norms.mean().item(), ani=anisotropy(table),
-        spread=(axes.sum() / table.square().sum(-1).mean()).item(),
+        V=V, D=D, norm=norms.mean().item(), ani=anisotropy(embeddings),
+        spread=(axes.sum() / embeddings.square().sum(-1).mean()).item(),
         effective_rank=effective_rank(axes), dgs=dgs.mean().item(),
         ce_mean=ce.mean().item(), ce_half_time=time_to_half(times, ce))
     curves = dict(axes=axes, norms=norms.sort(descending=True).values, times=times, ce=ce, dgs=dgs,
-                  distances=distances(table))
+                  distances=distances(embeddings))
     if probe.get("tokens") is not None:
-        variances = latent_variances(table, torch.as_tensor(probe["tokens"]).cpu().long())
+        variances = latent_variances(embeddings, torch.as_tensor(probe["tokens"]).cpu().long())
         figures |= dict(variance_median=variances.median().item(),
                         variance_largest=variances[0].item())
         curves["variances"] = variances
-    return dict(name=probe["name"], method=probe["method"], figures=figures, curves=curves)
+    return dict(figures=figures, curves=curves)
 
 
-def collapse_row(run: str, result: dict) -> dict:
-    """One line of the table of `collapse`."""
-    f = result["figures"]
-    row = {"run": run, "method": result["name"], "V x D": f"{f['V']} x {f['D']}",
+def collapse_row(run: str, method: str, f: dict) -> dict:
+    """One line of the table of `collapse`, from its figures."""
+    row = {"run": run, "method": method, "V x D": f"{f['V']} x {f['D']}",
            "norm": f"{f['norm']:.3f}", "ANI": f"{f['ani']:.3f}", "spread": f"{f['spread']:.3f}",
            "effective rank": f"{f['effective_rank']:.1f}"}
     if "variance_median" in f:
@@ -307,115 +534,125 @@ def collapse_row(run: str, result: dict) -> dict:
                   "t at half CE": f"{f['ce_half_time']:.3f}"}
 
 
-COLOURS = ("#1f5fb4", "#d1495b", "#2e933c", "#e0961a", "#7b4fa6", "#12908e", "#8a5a44", "#5b6470")
-PANEL = (460, 330)  # width and height of a plot in pixels; all is drawn twice as large, then halved
+# ---------------------------------------------------------------------------------------------
+# Pictures: matplotlib, if it is installed
+# ---------------------------------------------------------------------------------------------
 
 
-def canvas(title: str):
-    """A white panel with its title: Pillow's image, what draws on it, a font of any size."""
-    Image, ImageDraw, ImageFont = pillow("Image", "ImageDraw", "ImageFont")
-    image = Image.new("RGB", (2 * PANEL[0], 2 * PANEL[1]), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=22)
-    draw.text((PANEL[0], 14), title, "black", font, anchor="mt")
-    return image, draw, font
+def matplotlib_found() -> bool:
+    """Whether pictures can be drawn; if not, a line on stderr says what to install."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        print("no pictures: they need matplotlib (pip install matplotlib)", file=sys.stderr)
+    return found
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, 1, 2 or 5 times a power of ten apart: four to nine."""
-    power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = next(m * power for m in (5, 2, 1) if 4 * m * power <= (high - low) * (1 + 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [k * step for k in range(first, last + 1)]
+def new_figure(panels: int):
+    """A matplotlib figure and its axes, at most three in a row."""
+    from matplotlib.figure import Figure  # without pyplot: neither windows nor global state
+    columns = min(3, panels)
+    rows = -(-panels // columns)
+    figure = Figure((4.6 * columns, 3.3 * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(panels)]
 
 
-def line_plot(curves: list[tuple[str, Sequence, Sequence]], title: str, x_label: str,
-              log: bool = False):
-    """Curves (colour, x, y) with axes and ticks as a Pillow image. `log`: of the y axis."""
-    image, draw, font = canvas(title)
-    xs, ys = ([np.asarray(curve[k], float) for curve in curves] for k in (1, 2))
-    if log:
-        ys = [np.log10(np.maximum(y, 1e-8)) for y in ys]
-    (x0, x1), (y0, y1) = ((min(map(np.min, v)), max(map(np.max, v))) for v in (xs, ys))
-    x1 = x1 if x1 > x0 else x0 + 1
-    if log:
-        y0, y1 = math.floor(y0), max(math.ceil(y1), math.floor(y0) + 1)  # whole powers of ten
-    else:
-        y0, y1 = min(y0, 0.0), 1.05 * y1 or 1.0
-    left, right, top, bottom = 110, 2 * PANEL[0] - 30, 60, 2 * PANEL[1] - 90
-
-    def place(x, y):
-        return (left + (x - x0) / (x1 - x0) * (right - left),
-                bottom - (y - y0) / (y1 - y0) * (bottom - top))
-    for y in range(y0, y1 + 1, 1 + (y1 - y0) // 8) if log else ticks(y0, y1):
-        draw.line([place(x0, y), place(x1, y)], "#dddddd", 2)
-        draw.text((left - 12, place(x0, y)[1]), f"1e{y}" if log else f"{y:g}", "black", font,
-                  anchor="rm")
-    for x in ticks(x0, x1):
-        draw.line([place(x, y0), (place(x, y0)[0], bottom + 8)], "black", 2)
-        draw.text((place(x, y0)[0], bottom + 14), f"{x:g}", "black", font, anchor="mt")
-    draw.text(((left + right) / 2, 2 * PANEL[1] - 14), x_label, "black", font, anchor="mb")
-    draw.rectangle([left, top, right, bottom], outline="black", width=2)
-    for (colour, *_), x, y in zip(curves, xs, ys):
-        draw.line(list(zip(*place(x, y))), colour, 5, joint="curve")
-    return image.reduce(2)
-
-
-def legend(colours: dict[str, str]):
-    """{name: colour} as a Pillow image."""
-    image, draw, font = canvas("")
-    for k, (name, colour) in enumerate(colours.items()):
-        draw.line([(110, 80 + 40 * k), (170, 80 + 40 * k)], colour, 8)
-        draw.text((190, 80 + 40 * k), name, "black", font, anchor="lm")
-    return image.reduce(2)
-
-
-def heat_map(matrix: torch.Tensor, title: str):
-    """A square matrix >= 0 as a Pillow image, 0 white and the largest value black."""
-    image, draw, font = canvas(title)
-    (Image,) = pillow("Image")
-    largest, side = matrix.max().item(), 2 * PANEL[1] - 130
-    grey = (255 - 255 * (matrix / max(largest, 1e-12))).round().byte().numpy()
-    left = PANEL[0] - side // 2
-    image.paste(Image.fromarray(grey).resize((side, side), Image.NEAREST), (left, 60))
-    draw.rectangle([left - 2, 58, left + side, 60 + side], outline="black", width=2)
-    draw.text((PANEL[0], 80 + side), f"white 0, black {largest:.3g}", "black", font, anchor="mt")
-    return image.reduce(2)
-
-
-def save_panels(path: Path, panels: list, columns: int) -> None:
-    """Images of one size side by side in rows of `columns`."""
-    (Image,) = pillow("Image")
-    W, H = panels[0].size
-    rows = -(-len(panels) // columns)
-    sheet = Image.new("RGB", (W * min(columns, len(panels)), H * rows), "white")
-    for k, panel in enumerate(panels):
-        sheet.paste(panel, (k % columns * W, k // columns * H))
-    sheet.save(path)
+def draw_lines(path: Path, panels: list[tuple[dict, dict]], runs: Iterable[str]) -> None:
+    """A picture of panels: ({run: (x, y)}, what matplotlib's Axes.set takes). A run has one colour
+    in all of them."""
+    figure, axes = new_figure(len(panels))
+    colours, shown = {run: f"C{k % 10}" for k, run in enumerate(runs)}, {}
+    for ax, (lines, labels) in zip(axes, panels):
+        for run, (x, y) in lines.items():
+            (shown[run],) = ax.plot(x, y, color=colours[run], marker="." if len(x) == 1 else "")
+        ax.set(**labels)
+        ax.grid(alpha=0.4)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3)
+    figure.savefig(path)
 
 
 def draw_collapse(results: dict[str, dict], folder: Path) -> list[Path]:
     """collapse.png: CATDM's Figure 1 and more; distances.png: its Figure 6."""
-    colours = dict(zip(results, itertools.cycle(COLOURS)))
-
-    def curves(key: str, over: str = "") -> list:
-        return [(colours[run], c[over] if over else np.linspace(0, 1, len(c[key])), c[key])
-                for run, c in ((run, result["curves"]) for run, result in results.items())
-                if key in c]  # Difformer's sentences vary in length: no variance of EMB(x)
-
-    panels = [line_plot(curves(key, over), title, label, log) for key, over, title, label, log in (
-        ("variances", "", "variance of each dimension of EMB(x), sorted (Fig. 1)",
-         "dimension, as a share of all L x D", True),
-        ("ce", "times", "cross-entropy of x0 given z_t, nats per token (Fig. 1)", "t", False),
-        ("dgs", "times", "DGS_t: accuracy of the degenerate model", "t", False),
-        ("axes", "", "variance of the embeddings along principal axes", "axis, as a share of all",
-         True),
-        ("norms", "", "magnitudes |e_v|, sorted (Fig. 6)", "token, as a share of all V", False),
-    ) if curves(key)]
+    panels = []
+    for key, title, x_label in (
+            ("variances", "variance of dimensions of EMB(x) (Fig. 1)", "share of all L x D"),
+            ("ce", "cross-entropy of x0 given z_t, nats (Fig. 1)", "t"),
+            ("dgs", "DGS_t: accuracy of the degenerate model", "t"),
+            ("axes", "variance of embeddings along principal axes", "share of all axes"),
+            ("norms", "magnitudes |e_v|, sorted (Fig. 6)", "share of all V tokens")):
+        log, lines = key in ("variances", "axes"), {}
+        for run, curves in ((run, result["curves"]) for run, result in results.items()):
+            if key in curves:  # Difformer's sentences vary in length: no variance of EMB(x)
+                y = curves[key].clamp_min(1e-8) if log else curves[key]
+                x = curves["times"] if x_label == "t" else np.linspace(0, 1, len(y))
+                lines[run] = x, y
+        if lines:
+            top = 1.05 * max(float(y.max()) for _, y in lines.values()) or 1.0
+            scale = dict(yscale="log") if log else dict(ylim=(0, top))
+            panels.append((lines, dict(title=title, xlabel=x_label, **scale)))
     paths = [folder / "collapse.png", folder / "distances.png"]
-    save_panels(paths[0], [*panels, legend(colours)], 3)
-    save_panels(paths[1], [heat_map(result["curves"]["distances"], run)
-                           for run, result in results.items()], 3)
+    draw_lines(paths[0], panels, results)
+    figure, axes = new_figure(len(results))
+    for ax, (run, result) in zip(axes, results.items()):
+        image = ax.imshow(result["curves"]["distances"].numpy(), cmap="gray_r", vmin=0)
+        figure.colorbar(image, ax=ax)
+        ax.set(title=run, xticks=[], yticks=[])
+    figure.savefig(paths[1])
     return paths
+
+
+# ---------------------------------------------------------------------------------------------
+# Curves over training steps
+# ---------------------------------------------------------------------------------------------
+
+CURVES = ("loss", "L_0", "L_DM", "L_CM", "ce", "mse", "cross_entropy", "accuracy", "bleu",
+          "hint_accuracy")  # what scripts log; names that end in _bits or _nats besides
+
+
+def read_curves(out: Path) -> dict[str, dict[int, float]]:
+    """{name: {step: value}} from a run's log.jsonl. Raises RunError if there is none.
+
+    A run that was resumed from a checkpoint may have logged some steps twice: the last counts.
+    """
+    try:
+        lines = (out / "log.jsonl").read_text().splitlines()
+    except OSError:
+        raise RunError(f"{out} is not a run folder: it has no log.jsonl") from None
+    curves: dict[str, dict[int, float]] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # a line cut short, by a crash or because it is being written
+            continue
+        for key, value in record.items():
+            if (key in CURVES or key.endswith(("_bits", "_nats"))) and isinstance(
+                    value, int | float):
+                curves.setdefault(key, {})[record["step"]] = value
+    if not curves:
+        raise RunError(f"{out}/log.jsonl has no losses yet")
+    return {key: dict(sorted(curve.items())) for key, curve in curves.items()}
+
+
+def curves_main(argv: list[str]) -> None:
+    """`eval.py curves`: the last values as a table, all in curves.png."""
+    parser = argparse.ArgumentParser(prog="eval.py curves", allow_abbrev=False,
+                                     description="Loss and bounds over steps from log.jsonl.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--out", type=Path, help="where the picture goes (default: the first run)")
+    args = parser.parse_args(argv)
+    results = {name: read_curves(run) for name, run in names_of(args.runs).items()}
+    print(table([{"run": run, "steps": f"{max(max(c) for c in curves.values()):,}"} | {
+        key: f"{list(curve.values())[-1]:.4f}" for key, curve in curves.items()}
+        for run, curves in results.items()]))
+    if not matplotlib_found():
+        return
+    keys = dict.fromkeys(key for curves in results.values() for key in curves)
+    panels = [({run: (list(curves[key]), list(curves[key].values()))
+                for run, curves in results.items() if key in curves},
+               dict(title=key, xlabel="step")) for key in keys]
+    folder = args.out or args.runs[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_lines(folder / "curves.png", panels, results)
+    print(folder / "curves.png")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -436,45 +673,39 @@ def read_samples(path: Path) -> list[dict]:
     return rows
 
 
-def method_of(out: Path) -> str:
-    """Which script made a run folder. Raises RunError if it is none."""
+def names_of(runs: list[Path]) -> dict[str, Path]:
+    """Run folders by their own names, those of equal name by their paths."""
+    names: dict[str, Path] = {}
+    for run in runs:
+        names[str(run) if run.name in names else run.name] = run
+    return names
+
+
+def script_of(out: Path) -> ModuleType:
+    """The script that made a run folder, by its checkpoint's "method". Raises RunError."""
     checkpoint = out / "checkpoint.pt"
     if not checkpoint.exists():
         raise RunError(f"{out} is not a run folder: it has no checkpoint.pt")
-    try:
-        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["method"]
-    except Exception as error:
-        raise RunError(f"{checkpoint} is truncated or not a checkpoint") from error
+    method = common.read_checkpoint(checkpoint, mmap=True)["method"]
+    if not Path(__file__).with_name(f"{method}.py").exists():
+        raise RunError(f"{out} was made by {method}.py, and there is no such script here")
+    return importlib.import_module(method)
 
 
 def score_run(out: Path, split: str, flags: list[str], extra: Sequence[str] = ()) -> dict:
     """A run folder's figures on the full split, from eval-SPLIT.json if that is up to date."""
-    method, kept = method_of(out), out / f"eval-{split}.json"
+    script, kept = script_of(out), out / f"eval-{split}.json"
     stamp = {"mtime_ns": (out / "checkpoint.pt").stat().st_mtime_ns, "flags": [*flags, *extra]}
     if kept.exists():
         result = json.loads(kept.read_text())
         if result.pop("of") == stamp:
             return result
-    if method not in METHODS:
-        raise RunError(f"{out}: no script scores the method {method!r}")
-    result = importlib.import_module(method).score(str(out), ["--split", split, *flags])
+    result = common.score(script, str(out), ["--split", split, *flags])
     if "bleu" in result["figures"]:
         rows = read_samples(out / f"translations-{split}.jsonl")
         result["figures"] |= translation_figures(rows, extra)
     common.write_json(kept, {"of": stamp, **result})
     return result
-
-
-def toy_columns(row: dict[int, dict]) -> dict[str, str]:
-    """A row of `vadd.toy_rows` as columns of the table of runs."""
-    return {f"{name}, T = {T}": f"{value:.3f}" for T, values in row.items()
-            for name, value in values.items()}
-
-
-def show(value: float | None, digits: int = 4, percent: bool = False) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:.1f}%" if percent else f"{value:.{digits}f}"
 
 
 def table(rows: list[dict]) -> str:
@@ -496,62 +727,66 @@ def figure_columns(figures: dict[str, dict]) -> dict[str, str]:
     return row
 
 
-def row_of(name: str, result: dict | None, samples: dict | None) -> dict:
-    """One line of the table."""
-    row: dict = {"run": name}
-    if result:
-        row |= {"method": result["method"], "data": f"{result['dataset']}/{result['split']}",
-                "steps": f"{result['step']:,}"}
-        row |= figure_columns(result["figures"])
-    if samples:
-        row |= {"samples": str(samples["samples"]), "entropy, nats": show(samples["entropy_nats"]),
-                "spelled": show(samples.get("spelled"), percent=True),
-                "parses": show(samples.get("parses"), percent=True)}
-    return row
+def sample_columns(samples: dict) -> dict[str, str]:
+    """`score_samples` as columns of the table of runs."""
+    row = {"samples": str(samples["samples"]), "entropy, nats": f"{samples['entropy_nats']:.4f}"}
+    return row | {key: f"{100 * samples[key]:.1f}%" for key in ("spelled", "parses")
+                  if samples.get(key) is not None}
 
 
-def collapse_main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="eval.py collapse", allow_abbrev=False,
-        description="Have the learned embeddings of CATDM, CADD or Difformer runs collapsed?")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+def toy_columns(row: dict[int, dict]) -> dict[str, str]:
+    """A row of `toy_rows` as columns of the table of runs."""
+    return {f"{name}, T = {T}": f"{value:.3f}" for T, values in row.items()
+            for name, value in values.items()}
+
+
+def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The flags of everything that opens runs."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", default="valid", choices=("train", "valid", "test"))
     parser.add_argument("--data_dir", default="data", help="where datasets are")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return parser
+
+
+def collapse_main(argv: list[str]) -> None:
+    """`eval.py collapse`: a table, collapse.json and two pictures."""
+    parser = new_parser("eval.py collapse", "Have the learned embeddings of CATDM, CADD or "
+                        "Difformer runs collapsed?")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, help="where the pictures go (default: the first run)")
     args = parser.parse_args(argv)
     flags = ["--split", args.split, "--data_dir", args.data_dir, "--device", args.device]
-    results = {}
-    for run in args.runs:
-        method = method_of(run)
-        script = importlib.import_module(method) if method in METHODS else None
+    results, rows = {}, []
+    for name, run in names_of(args.runs).items():
+        script = script_of(run)
         if not hasattr(script, "probe"):
-            raise RunError(f"{run}: {method} learns no embeddings that are diffused")
-        name = str(run) if run.name in results else run.name
-        results[name] = collapse(script.probe(str(run), flags))
+            raise RunError(f"{run}: {script.__name__} learns no embeddings that are diffused")
+        cfg, ddp, model, data, _ = common.open_run(script, str(run), flags)
+        results[name] = collapse(PROBE_TIMES, script.probe(model, cfg, data, ddp, PROBE_TIMES))
+        rows.append(collapse_row(name, script.name_of(cfg), results[name]["figures"]))
     folder = args.out or args.runs[0]
     folder.mkdir(parents=True, exist_ok=True)
-    print(table([collapse_row(run, result) for run, result in results.items()]))
+    print(table(rows))
     common.write_json(folder / "collapse.json",
                       {run: {"figures": result["figures"]} | {
                           k: result["curves"][k].tolist() for k in ("times", "ce", "dgs", "axes")}
                        for run, result in results.items()})
-    for path in draw_collapse(results, folder):
-        print(path)
+    if matplotlib_found():
+        for path in draw_collapse(results, folder):
+            print(path)
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["collapse"]:
         return collapse_main(argv[1:])
-    parser = argparse.ArgumentParser(
-        prog="eval.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    if argv[:1] == ["curves"]:
+        return curves_main(argv[1:])
+    parser = new_parser("eval.py", __doc__)
     parser.add_argument("paths", nargs="+", help="run folders, or files of samples")
-    parser.add_argument("--split", default="valid", choices=("train", "valid", "test"))
-    parser.add_argument("--data_dir", default="data", help="where datasets are")
     parser.add_argument("--dataset", help="whose words to compare with, for files of samples")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--metrics", nargs="+", default=[], choices=EXTRA, help="also these")
     parser.add_argument("--eval_draws", type=int, help="draws per sequence (default: the run's)")
     args = parser.parse_args(argv)
@@ -561,41 +796,40 @@ def main(argv: list[str] | None = None) -> None:
 
     rows, sets, toys, pictures = [], {}, {}, {}
     for name in args.paths:
-        path = Path(name)
+        path, row, dataset, length = Path(name), {"run": name}, args.dataset, None
         if not path.exists():
             raise RunError(f"{name} does not exist: give a run folder or a file of samples")
-        result, file, dataset, length = None, path, args.dataset, None
+        samples = path / "samples.jsonl" if path.is_dir() else path
+        rows.append(row)
         if path.is_dir():
             result = score_run(path, args.split, flags, args.metrics)
-            file, dataset = path / "samples.jsonl", result["dataset"]
-            length = result["length"]
+            dataset, length = result["dataset"], result["length"]
+            row |= {"method": result["method"], "data": f"{dataset}/{result['split']}",
+                    "steps": f"{result['step']:,}"} | figure_columns(result["figures"])
         elif '"reference":' in path.open().readline():
-            rows.append({"run": name} | figure_columns(
-                translation_figures(read_samples(path), args.metrics)))
+            row |= figure_columns(translation_figures(read_samples(path), args.metrics))
             continue
         elif not dataset:
             raise RunError(f"{name}: say --dataset, whose text the words are compared with")
-        samples = None
-        if file.exists():
-            key = (dataset, length)
-            data = sets.setdefault(key, load_dataset(dataset, args.data_dir, length))
-            samples = score_samples(read_samples(file), data)
-        rows.append(row_of(name, result, samples))
-        if (histograms := path / "histograms.npz").exists():
-            import vadd
-            with np.load(histograms) as file:
+        if samples.exists():
+            if (dataset, length) not in sets:
+                sets[dataset, length] = load_dataset(dataset, args.data_dir, length)
+            row |= sample_columns(score_samples(read_samples(samples), sets[dataset, length]))
+        if (path / "histograms.npz").exists():
+            with np.load(path / "histograms.npz") as file:
                 own = {int(T): file[T].astype(np.float64) for T in file.files}
-            toys[dataset], seen = vadd.toy_rows(load_dataset(dataset), own, name, TOY_POINTS)
-            rows[-1] |= toy_columns(toys[dataset][name])
+            toys[dataset], seen = toy_rows(load_dataset(dataset), own, name, TOY_POINTS)
+            row |= toy_columns(toys[dataset][name])
             pictures.setdefault(dataset, [path, *seen[:2]]).append(seen[2])
     for (dataset, _), data in sets.items():
-        rows.append(row_of(f"data: {dataset}/{args.split}", None, score_data(data, args.split)))
+        rows.append({"run": f"data: {dataset}/{args.split}"} | sample_columns(
+            score_data(data, args.split)))
     for dataset, toy in toys.items():
         rows += [{"run": f"{row}: {dataset}"} | toy_columns(toy[row]) for row in
                  ("data", "mdlm at best")]
     print(table(rows))
     for dataset, (folder, *histograms) in pictures.items():
-        vadd.save_histograms(folder / "side-by-side.png", [histograms])
+        save_histograms(folder / "side-by-side.png", [histograms])
         print(f"{folder / 'side-by-side.png'}: {dataset}, MDLM at best, then the runs above")
 
 

@@ -65,10 +65,10 @@ def grade(run: Path, args: argparse.Namespace) -> None:
     from data import words
     flags = ["--data_dir", args.data_dir, "--device", args.device, "--samples", str(args.samples),
              "--sample_batch", "512"]
-    cfg, place, model, data, _ = catdm.open_run(str(run), flags)
+    cfg, ddp, model, data, _ = common.open_run(catdm, str(run), flags)
     if cfg.task == "images":
-        judge = catdm.Judge(data)
-        measure, valid = judge.grade, judge.real
+        classifier = metrics.TokenClassifier(data)
+        measure, valid = classifier.grade, classifier.real
     else:
         vocabulary = words(data)
 
@@ -76,18 +76,18 @@ def grade(run: Path, args: argparse.Namespace) -> None:
             return dict(spelled=metrics.spelled([data.decode(ids) for ids in x.tolist()],
                                                 vocabulary), entropy=metrics.entropy(x.tolist()))
         import torch
-        valid = torch.from_numpy(next(data.eval_batches("valid", 256, 256))), None
+        valid = torch.from_numpy(next(data.eval_batches("valid", 256, 256)).ids), None
     quality: dict[str, dict] = {"data": measure(*valid)}
     for sampler, counts in ("ancestral", ANCESTRAL), ("ddim", DDIM):
         for n in counts if not args.tiny else counts[:2]:
             chosen = dataclasses.replace(cfg, sampler=sampler, sample_steps=n)
             begin = time.time()
             quality[f"{sampler} {n}"] = measure(
-                *catdm.draw_samples(model, chosen, data, place, 0.0))
+                *catdm.draw_samples(model, chosen, data, ddp, 0.0))
             quality[f"{sampler} {n}"]["seconds"] = round(time.time() - begin, 2)
             if model.classes:
                 quality[f"{sampler} {n}, guided"] = measure(
-                    *catdm.draw_samples(model, chosen, data, place, 1.0))
+                    *catdm.draw_samples(model, chosen, data, ddp, 1.0))
     common.write_json(run / "quality.json", quality)
 
 
@@ -158,9 +158,7 @@ def main() -> None:
 
     begin = time.time()
     for name in args.sets:  # prepared once, not by every run at the same time
-        code = "import sys, data; data.load_images(*sys.argv[1:])" if name == "mnist" else (
-            "import sys, data; data.load_dataset(*sys.argv[1:])")
-        call(["-c", code, name, common[1]], runs / f"{name}.txt")
+        call(["data.py", name, "--data_dir", common[1]], runs / f"{name}.txt")
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, [(name, run) for name in args.sets for run in RUNS]))
     for name in args.sets:

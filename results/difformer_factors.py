@@ -17,7 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
-from difformer import Noise, dgs, dgs_monte_carlo, grid, search_factor  # noqa: E402
+from difformer import (Noise, degeneration_score, dgs_monte_carlo, grid,  # noqa: E402
+                       search_factor)
 
 T = 2000
 SIZES = (10_000, 20_000, 40_000)
@@ -39,12 +40,14 @@ CELLS = {  # table -> (schedule, V, d, DGS_MAX, rescaling, the paper's F)
 
 def table_2() -> list[dict]:
     """DGS without rescaling, V = 10,000, d = 128."""
-    rows, table = [], torch.randn(10_000, 128, generator=torch.Generator().manual_seed(0))
+    rows, rng = [], torch.Generator().manual_seed(0)
+    embeddings = torch.randn(10_000, 128, generator=rng)
     print(f"Table 2  {'paper':>6} {'ours':>6} {'Algorithm 2 on random embeddings':>33}")
     for schedule, paper in (("linear", 0.47), ("cosine", 0.77), ("sqrt", 0.77)):
         noise = Noise(schedule, 1.0, "plain", T)
-        sampled = dgs_monte_carlo(*noise.at(grid(T)), table).mean().item()
-        rows.append(dict(schedule=schedule, paper=paper, ours=round(dgs(noise, 10_000, 128), 4),
+        sampled = dgs_monte_carlo(*noise.at(grid(T)), embeddings).mean().item()
+        ours = degeneration_score(noise, 10_000, 128)
+        rows.append(dict(schedule=schedule, paper=paper, ours=round(ours, 4),
                          algorithm_2=round(sampled, 4)))
         print(f"{schedule:8s} {paper:6.2f} {rows[-1]['ours']:6.3f} {sampled:33.3f}")
     return rows
@@ -77,8 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     found = {f"table_{n}": table_2() if n == 2 else factors(n) for n in args.tables}
     if args.save:
-        place = common.Setup(0, 1, torch.device("cpu"), False)
-        common.write_json(args.save, found | common.environment(place))
+        ddp = common.DDP(0, 1, torch.device("cpu"), False)
+        common.write_json(args.save, found | common.environment(ddp))
 
 
 if __name__ == "__main__":

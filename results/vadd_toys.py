@@ -33,8 +33,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 import vadd  # noqa: E402
-from data import TOY_BINS, TOYS, load_toy  # noqa: E402
-from eval import table  # noqa: E402
+from data import TOY_BINS, TOYS, load_dataset  # noqa: E402
+from eval import histogram, save_histograms, table  # noqa: E402
 
 METHODS = {"mdlm": ["--latent_dim", "0"], "vadd": [], "vadd-informed": ["--prior", "informed"]}
 GRAPH = 10  # steps per CUDA graph
@@ -55,7 +55,7 @@ def configs(method: str, args: argparse.Namespace) -> list[vadd.Config]:
             argv = ["--dataset", toy, "--seed", str(seed), *METHODS[method],
                     "--out", str(Path(args.runs) / f"{method}-{toy}-{seed}")]
             argv += [text for k, v in flags.items() for text in (f"--{k}", str(v))]
-            out.append(common.parse_config(vadd.Config, "vadd", "", vadd.PRESETS, argv)[0])
+            out.append(common.parse_config(vadd, argv))
     return out
 
 
@@ -65,17 +65,17 @@ def steps_per_epoch() -> int:
 
 
 def epoch_noise(points: Tensor, latent: int, generator: torch.Generator) -> list[Tensor]:
-    """An epoch's batches of R runs: x0, t, u, eps, valid, each (steps, R, B, ...).
+    """An epoch's batches of R runs: x0, t, u, eps, not_pad, each (steps, R, B, ...).
 
-    points (R, N, 2). The same distributions as vadd.load_noise, from one stream.
+    points (R, N, 2). The same distributions as vadd.load_batch, from one stream.
     """
     (R, N, L), B, S = points.shape, PAPER["batch_size"], steps_per_epoch()
     rand = dict(device=points.device, generator=generator)
     order = torch.rand(R, N, **rand).argsort(1)[:, : S * B, None].expand(-1, -1, L)
     x0 = points.gather(1, order).view(R, S, B, L).transpose(0, 1).contiguous()
-    place = torch.arange(B, device=points.device)
+    index = torch.arange(B, device=points.device)
     shift = torch.rand(S, R, 1, dtype=torch.float64, **rand)
-    t = common.low_discrepancy_t(place, B, shift, t_min=1e-3)
+    t = common.low_discrepancy_t(index, B, shift, t_min=1e-3)
     u, eps = torch.rand(S, R, B, L, **rand), torch.randn(S, R, B, latent, **rand)
     return [x0, t, u, eps, torch.ones_like(x0, dtype=torch.bool)]
 
@@ -83,23 +83,23 @@ def epoch_noise(points: Tensor, latent: int, generator: torch.Generator) -> list
 class Stack:
     """R models of one shape, trained together."""
 
-    def __init__(self, cfgs: list[vadd.Config], place: common.Setup, compiled: bool):
-        self.cfg, self.place, self.models = cfgs[0], place, []
+    def __init__(self, cfgs: list[vadd.Config], ddp: common.DDP, compiled: bool):
+        self.cfg, self.ddp, self.models = cfgs[0], ddp, []
         for cfg in cfgs:
             torch.manual_seed(cfg.seed)
-            self.models.append(vadd.VADD(cfg, TOY_BINS).to(place.device))
+            self.models.append(vadd.VADD(cfg, TOY_BINS).to(ddp.device))
         params, _ = stack_module_state(self.models)
         self.params = {k: v.detach().requires_grad_() for k, v in params.items()}   # (R, ...) each
         skeleton = self.models[0]
-        self.lr = torch.zeros((), device=place.device)
+        self.lr = torch.zeros((), device=ddp.device)
         self.optimizer = torch.optim.AdamW(
             list(self.params.values()), lr=self.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-            capturable=place.on_cuda, fused=True)
+            capturable=ddp.on_cuda, fused=True)
 
-        def losses(params, x0, t, u, eps, valid, kl_weight):
+        def losses(params, x0, t, u, eps, not_pad, kl_weight):
             return vmap(lambda p, *batch: functional_call(skeleton, p, (*batch, kl_weight))[0])(
-                params, x0, t, u, eps, valid)                             # (R,)
-        self.losses = torch.compile(losses, dynamic=False) if compiled and place.on_cuda else losses
+                params, x0, t, u, eps, not_pad)                             # (R,)
+        self.losses = torch.compile(losses, dynamic=False) if compiled and ddp.on_cuda else losses
         self.static: list[Tensor] = []
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -118,7 +118,7 @@ class Stack:
 
     def __call__(self, parts: list[Tensor]) -> Tensor:
         """`run`, on a GPU as a CUDA graph from the second call on."""
-        if not self.place.on_cuda:
+        if not self.ddp.on_cuda:
             return self.run(parts)
         if not self.static:  # the first call compiles and allocates, on a side stream as graphs ask
             self.static = [p.clone() for p in parts]
@@ -141,13 +141,18 @@ class Stack:
         """Model r with its trained weights, and its optimizer's state as vadd.py keeps it."""
         model = self.models[r]
         model.load_state_dict({k: v[r].detach() for k, v in self.params.items()})
-        _, _, optimizer, _ = vadd.build(self.cfg, TOY_BINS, self.place)
-        state = optimizer.state_dict()
+        state = optimizer_of(model, self.cfg).state_dict()
         for i, mine in enumerate(self.optimizer.state.values()):
             state["state"][i] = dict(step=mine["step"].detach().float().cpu(),
                                      exp_avg=mine["exp_avg"][r].clone(),
                                      exp_avg_sq=mine["exp_avg_sq"][r].clone())
         return model, state
+
+
+def optimizer_of(model: vadd.VADD, cfg: vadd.Config) -> torch.optim.AdamW:
+    """What vadd.py continues such a run with."""
+    return torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8,
+                             weight_decay=cfg.weight_decay, fused=True)
 
 
 def result_of(cfg: vadd.Config) -> dict | None:
@@ -157,17 +162,17 @@ def result_of(cfg: vadd.Config) -> dict | None:
     return result if result.get("config") == vars(cfg) else None
 
 
-def train(cfgs: list[vadd.Config], place: common.Setup, compiled: bool, name: str) -> None:
+def train(cfgs: list[vadd.Config], ddp: common.DDP, compiled: bool, name: str) -> None:
     """Train the runs `cfgs` of one method together, evaluate each."""
-    cfg, stack = cfgs[0], Stack(cfgs, place, compiled)
-    data = [load_toy(c.dataset) for c in cfgs]
+    cfg, stack = cfgs[0], Stack(cfgs, ddp, compiled)
+    data = [load_dataset(c.dataset) for c in cfgs]
     points = torch.stack([torch.from_numpy(d.splits["train"]).long() for d in data])
-    points = points.to(place.device)
+    points = points.to(ddp.device)
     steps = range(cfg.steps)
-    lr = torch.tensor([common.learning_rate(s, cfg.lr, cfg.warmup, cfg.lr_schedule, cfg.steps)
-                       for s in steps], device=place.device)
-    weight = torch.tensor([vadd.kl_weight(s, cfg) for s in steps], device=place.device)
-    generator = torch.Generator(place.device).manual_seed(common.mix(cfg.seed, cfg.latent_dim))
+    lr = torch.tensor([common.learning_rate(s, cfg)
+                       for s in steps], device=ddp.device)
+    weight = torch.tensor([vadd.kl_weight(s, cfg) for s in steps], device=ddp.device)
+    generator = torch.Generator(ddp.device).manual_seed(common.fold_in(cfg.seed, cfg.latent_dim))
     begin, bar = time.time(), tqdm(total=cfg.steps, unit="step", desc=name, mininterval=5)
     for first in range(0, cfg.steps, steps_per_epoch()):
         noise = epoch_noise(points, cfg.latent_dim, generator)
@@ -177,18 +182,19 @@ def train(cfgs: list[vadd.Config], place: common.Setup, compiled: bool, name: st
         bar.update(steps_per_epoch())
         bar.set_postfix(loss=" ".join(f"{x:.3f}" for x in losses.mean(0).tolist()[:3]))
     bar.close()
-    seconds, info = time.time() - begin, common.environment(place)
+    seconds = time.time() - begin
     print(f"{name}: {len(cfgs)} runs of {cfg.steps} steps in {seconds:.0f} s")
     for r, (c, d) in enumerate(zip(cfgs, data)):
-        model, optimizer = stack.unstack(r)
+        model, state = stack.unstack(r)
         ema = common.EMA(model, c.ema)
         Path(c.out).mkdir(parents=True, exist_ok=True)
         common.write_checkpoint(Path(c.out) / "checkpoint.pt", dict(
             method="vadd", config=vars(c), model=model.state_dict(), ema=ema.state_dict(),
-            optimizer=optimizer, step=c.steps, seconds=seconds / len(cfgs),
-            rng=common.rng_states(place), tokenizer=d.tokenizer()))
+            optimizer=state, step=c.steps, seconds=seconds / len(cfgs),
+            rng=common.rng_states(ddp), tokenizer=d.tokenizer()))
         print(f"\n{c.out}")
-        vadd.report(model, ema, c, d, place, c.steps, seconds / len(cfgs), info)
+        run = common.Run("vadd", c, ddp, d, model, optimizer_of(model, c), ema)
+        common.report(vadd, c, ddp, d, run)
 
 
 def mean_sd(values: list[float]) -> str:
@@ -241,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         if all(result_of(cfg) for cfg in runs[method]):
             print(f"{method}: complete")
         else:
-            train(runs[method], common.setup(runs[method][0]), args.compile, method)
+            train(runs[method], common.DDP.start(runs[method][0]), args.compile, method)
     found = [cfg for cfgs in runs.values() for cfg in cfgs if result_of(cfg)]
     results = [result_of(cfg) for cfg in found]
     rows, folder = summary(results), Path(args.results)
@@ -252,8 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     for toy in TOYS:
         own = [np.load(Path(cfg.out) / "histograms.npz")["1"] for cfg in found
                if (cfg.dataset, cfg.seed) == (toy, 0)]
-        pictures.append([vadd.histogram(load_toy(toy).splits["train"]), *own])
-    vadd.save_histograms(folder / "vadd-toys.png", pictures)
+        pictures.append([histogram(load_dataset(toy).splits["train"]), *own])
+    save_histograms(folder / "vadd-toys.png", pictures)
     names = ", ".join(dict.fromkeys(result["method"] for result in results))
     print(f"\n{folder / 'vadd-toys.png'}: data, {names}; one step")
 

@@ -1,4 +1,4 @@
-"""A small VQ-VAE on MNIST, of the class that data.py loads VQGAN checkpoints into.
+"""A small VQ-VAE on MNIST, of the class that vqgan.py loads public checkpoints into.
 
     python results/vq_mnist.py                        one GPU
     python results/vq_mnist.py --steps 200 --batch_size 32 --images 500    a first look on a CPU
@@ -32,6 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 import data  # noqa: E402
+import vqgan  # noqa: E402
 
 # 28 -> 14 -> 7, attention at 7 x 7 alone, as f16-1024 has it at its smallest level alone
 SIZE = dict(channels=32, multipliers=(1, 1, 2), blocks=1, attention=(2,), z_channels=64,
@@ -40,11 +41,10 @@ SIZE = dict(channels=32, multipliers=(1, 1, 2), blocks=1, attention=(2,), z_chan
 
 def mnist(data_dir: str, most: int) -> dict[str, tuple[Tensor, np.ndarray]]:
     """split -> at most `most` images (N, 1, 28, 28) in [-1, 1], labels (N,)."""
-    folder = Path(data_dir) / "mnist"
-    shop = data.Workshop([folder, data.cache_folder() / "mnist"], folder, folder, 0)
+    builder = data.DatasetBuilder(data.folders_of(data_dir, "mnist"))
     return {split: (torch.from_numpy(images[:most].astype(np.float32))[:, None] / 127.5 - 1,
                     labels[:most])
-            for split, (images, labels) in data.mnist_images(shop, "").items()}
+            for split, (images, labels) in data.mnist_images(builder).items()}
 
 
 @torch.no_grad()
@@ -60,12 +60,13 @@ def train(model, images: Tensor, args: argparse.Namespace) -> dict[str, float]:
     """Adam on random batches; returns the losses' means over the last 100 steps."""
     device = next(model.parameters()).device
     optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99))
+    schedule = common.RunConfig(steps=args.steps, lr=args.lr, lr_schedule="cosine", warmup=100)
     used = torch.zeros(model.vocab_size, dtype=torch.bool, device=device)
     losses: list[Tensor] = []
     bar = tqdm(range(args.steps), desc="training", mininterval=1 if sys.stderr.isatty() else 10)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, args.lr, 100, "cosine", args.steps)
+            group["lr"] = common.learning_rate(step, schedule)
         x = images[torch.randint(len(images), (args.batch_size,))].to(device)
         if step == 0:
             revive(model, x, ~used)  # all of them: the codebook starts among the outputs
@@ -111,9 +112,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args()
-    place = common.setup(common.RunConfig(seed=args.seed, device=args.device))
+    ddp = common.DDP.start(common.RunConfig(seed=args.seed, device=args.device))
     sets = mnist(args.data_dir, args.images)
-    model = data.VQGAN(**SIZE).to(place.device)
+    model = vqgan.VQGAN(**SIZE).to(ddp.device)
     begin = time.time()
     losses = train(model, sets["train"][0], args)
     seconds = time.time() - begin
@@ -122,7 +123,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": model.cpu().state_dict()}, out / "last.ckpt")
-    model = data.load_vqgan(out / "last.ckpt").to(place.device)  # what follows uses the file
+    model = vqgan.load_vqgan(out / "last.ckpt").to(ddp.device)  # what follows uses the file
     codes = {split: encode(model, images) for split, (images, _) in sets.items()}
     tokens = torch.cat([codes[split].flatten(1) for split in sets]).numpy().astype(np.uint8)
     np.save(out / "tokens.npy", tokens)
@@ -130,7 +131,7 @@ def main() -> None:
 
     images = sets["test"][0]
     back = decode(model, codes["test"]).clamp(-1, 1)
-    patches = data.load_images("mnist", args.data_dir)  # what k-means on pixels reaches
+    patches = data.load_dataset("mnist", args.data_dir)  # what k-means on pixels reaches
     drawn = patches.draw(patches.splits["test"][:len(images)])
     drawn = torch.from_numpy(drawn).float()[:, None] / 127.5 - 1
     counts = np.bincount(codes["test"].flatten().numpy(), minlength=model.vocab_size)
@@ -141,7 +142,7 @@ def main() -> None:
     record = dict(figures=figures, losses=losses, train_seconds=round(seconds, 1),
                   parameters=sum(p.numel() for p in model.parameters()),
                   settings=vars(args) | {k: v for k, v in SIZE.items()},
-                  **common.environment(place))
+                  **common.environment(ddp))
     common.write_json(results / "vq-mnist.json", record)
     rows = [torch.cat(list(x[k:k + 20, 0]), 1) for k in (0, 20, 40) for x in (images, back)]
     picture = ((torch.cat(rows) + 1) * 127.5).round().byte().numpy()

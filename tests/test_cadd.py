@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
-import json
 import math
+import types
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import cadd
 import common
 from cadd import CADD, Config
+from data import DATASETS, Batch, load_dataset
 
 # ------------------------------------------------------------------------- a tiny world
 # 3 symbols x 2 positions, a distribution with strong dependence between the positions.
@@ -29,12 +30,12 @@ class Oracle:
 
     V, mask_id = V, V
 
-    def __init__(self, hint="none", embeddings=None, prior=P):
-        self.cfg = Config(hint=hint, dim=2, heads=1)
+    def __init__(self, hint="none", embeddings=None, prior=P, alpha="linear"):
+        self.cfg = Config(hint=hint, dim=2, heads=1, alpha=alpha)
         self.embeddings = embeddings if embeddings is not None else torch.zeros(V + 1, 2)
         self.prior = prior
 
-    def table(self):
+    def embedding_matrix(self):
         return self.embeddings
 
     def w(self, x):
@@ -47,7 +48,7 @@ class Oracle:
             visible = ~masked[:, i, None]
             log_p += torch.where(visible & (STATES[:, i] != x_t[:, i, None]), -torch.inf, 0.0)
             if self.cfg.hint != "none":
-                a, sigma = (c[:, None].double() for c in cadd.path(t, self.cfg.hint))
+                a, sigma = (c[:, None].double() for c in cadd.latent_schedule(t, self.cfg.hint))
                 gap = z_t[:, i, None] - a[..., None] * self.embeddings[STATES[:, i]].double()
                 log_p += torch.where(visible, 0.0, -0.5 * gap.square().sum(-1) / sigma**2)
         p = log_p.softmax(-1)
@@ -57,22 +58,24 @@ class Oracle:
     def logits(self, h):
         return h
 
-    def z0_soft(self, logits):
+    def z0_hat(self, logits, kind):
+        if kind == "hard":
+            return self.embeddings[logits.argmax(-1)]
         return logits.softmax(-1) @ self.embeddings[:V].double()
 
 
 class Guess(Oracle):
     """An arbitrary denoiser: fixed random logits for each x_t, shaken by the hint."""
 
-    def __init__(self, hint="none", embeddings=None, seed=0):
-        super().__init__(hint, embeddings)
+    def __init__(self, hint="none", embeddings=None, seed=0, alpha="linear"):
+        super().__init__(hint, embeddings, alpha=alpha)
         g = torch.Generator().manual_seed(seed)
         self.net = torch.randn((V + 1) ** 2, L, V, generator=g, dtype=torch.float64)
-        self.mix = torch.randn(2, V, generator=g, dtype=torch.float64)
+        self.push = torch.randn(2, V, generator=g, dtype=torch.float64)
 
     def features(self, x_t, z_t, masked, t):
         h = self.net[x_t[:, 0] * (V + 1) + x_t[:, 1]]
-        return h + (z_t.double() @ self.mix if z_t is not None else 0.0)
+        return h + (z_t.double() @ self.push if z_t is not None else 0.0)
 
 
 EMBEDDINGS = torch.tensor([[1.5, 0.0], [-0.5, 1.0], [-0.5, -1.0], [0.0, 0.0]])
@@ -86,11 +89,75 @@ def bounds(model, figure, draws, K=1, t_min=1e-5):
     return values.mean(1), values.std(1) / math.sqrt(draws)
 
 
+# ------------------------------------------------------------------------- schedules
+
+HIDDEN = {"linear": lambda t: t, "cosine": lambda t: torch.sin(math.pi / 2 * t)}  # 1 - alpha_t
+TIMES = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("alpha", HIDDEN)
+def test_schedule_and_weight_against_finite_differences(alpha):
+    """1 - alpha_t grows from 0 to 1; its slope is -alpha'_t; the weight is d log(1 - alpha_t)."""
+    hidden, slope = cadd.schedule(TIMES, alpha)
+    assert torch.allclose(hidden, HIDDEN[alpha](TIMES), atol=1e-12)
+    dt = 1e-5
+    before, after = HIDDEN[alpha](TIMES - dt), HIDDEN[alpha](TIMES + dt)
+    assert torch.allclose(slope, (after - before) / (2 * dt), rtol=1e-6)
+    weight = cadd.loss_weight(TIMES, alpha)
+    assert torch.allclose(weight, (after.log() - before.log()) / (2 * dt), rtol=1e-5)
+    if alpha == "linear":
+        assert torch.allclose(weight, 1 / TIMES)
+    ends = cadd.schedule(torch.tensor([0.0, 1.0]), alpha)[0]
+    assert torch.allclose(ends, torch.tensor([0.0, 1.0]), atol=1e-6)
+    near_0 = cadd.schedule(torch.tensor([1e-9]), alpha)[0].item()      # float32 keeps its digits
+    assert near_0 == pytest.approx({"linear": 1e-9, "cosine": math.pi / 2 * 1e-9}[alpha], rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", HIDDEN)
+def test_flip_and_keep_probabilities_sum_to_one(alpha):
+    """Eq. 38 for every pair of times; (t - s)/t and s/t with alpha_t = 1 - t."""
+    visible = lambda t: 1 - HIDDEN[alpha](t)  # noqa: E731
+    for s, t in itertools.combinations(torch.linspace(0, 1, 11, dtype=torch.float64), 2):
+        flip, keep = cadd.flip_probability(t, s, alpha), (1 - visible(s)) / (1 - visible(t))
+        assert flip.item() == pytest.approx(((visible(s) - visible(t)) / (1 - visible(t))).item())
+        assert (flip + keep).item() == pytest.approx(1)
+        if alpha == "linear":
+            assert flip.item() == pytest.approx(((t - s) / t).item())
+    zero = torch.tensor(0.0, dtype=torch.float64)
+    assert (cadd.flip_probability(TIMES, zero, alpha) == 1).all()  # the last step reveals all
+
+
+@pytest.mark.parametrize("alpha", HIDDEN)
+@pytest.mark.parametrize("power", [1, 3])
+def test_chains_of_flips_have_the_marginals(alpha, power):
+    """Both chains as products of transition matrices over (visible, hidden), on uneven grids:
+    forward by Eq. 7, backward by Eq. 38, each ends with 1 - alpha_t hidden. Given x_0 they are one
+    process: the joint law of two neighbouring times is the same in both directions."""
+    grid = torch.linspace(0, 1, 14, dtype=torch.float64) ** power
+    hidden = HIDDEN[alpha](grid)
+    forward = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    for k, (s, t) in enumerate(zip(grid[:-1], grid[1:]), 1):
+        stay = (1 - hidden[k]) / (1 - hidden[k - 1])                   # alpha_t / alpha_s
+        zero, one = torch.zeros_like(stay), torch.ones_like(stay)
+        step = torch.stack([torch.stack([stay, 1 - stay]), torch.stack([zero, one])])
+        joint = forward[:, None] * step                                # (state at s, state at t)
+        forward = forward @ step
+        assert forward[1].item() == pytest.approx(hidden[k].item(), abs=1e-12)
+        flip = cadd.flip_probability(t, s, alpha)
+        reverse = torch.stack([torch.stack([one, zero]), torch.stack([flip, 1 - flip])])
+        assert torch.allclose((forward[:, None] * reverse).T, joint, atol=1e-12)
+    backward = torch.tensor([0.0, 1.0], dtype=torch.float64)           # all hidden at t = 1
+    for k in range(len(grid) - 1, 0, -1):
+        flip = cadd.flip_probability(grid[k], grid[k - 1], alpha) * backward[1]
+        backward = backward + torch.stack([flip, -flip])
+        assert backward[1].item() == pytest.approx(hidden[k - 1].item(), abs=1e-12)
+
+
 # ------------------------------------------------------------------------- forward process
 
 
-@pytest.mark.parametrize("hint", ["fm", "vp"])
-def test_marginals_equal_the_simulated_chain(hint):
+@pytest.mark.parametrize("hint,alpha", [("fm", "linear"), ("vp", "linear"), ("fm", "cosine")])
+def test_marginals_equal_the_simulated_chain(hint, alpha):
     """Eq. 10-11 against Eq. 7-8 step by step; 200,000 chains, 5 standard errors.
 
     Where a token is first masked the latent jumps to N(sqrt(gamma-bar_t) z_0, 1 - gamma-bar_t):
@@ -99,18 +166,19 @@ def test_marginals_equal_the_simulated_chain(hint):
     torch.manual_seed(0)
     n, T, z0 = 200_000, 12, 0.8
     masked, z = torch.zeros(n, dtype=torch.bool), torch.full((n,), z0, dtype=torch.float64)
-    clock = torch.linspace(0, 1, T + 1, dtype=torch.float64)[:-2]  # stop short of t = 1
-    for s, t in zip(clock[:-1], clock[1:]):
-        (a_s, sigma_s), (a_t, sigma_t) = cadd.path(s, hint), cadd.path(t, hint)
-        beta = 1 - (1 - t) / (1 - s)                                   # Eq. 7
+    times = torch.linspace(0, 1, T + 1, dtype=torch.float64)[:-2]  # stop short of t = 1
+    for s, t in zip(times[:-1], times[1:]):
+        (a_s, sigma_s), (a_t, sigma_t) = (cadd.latent_schedule(v, hint) for v in (s, t))
+        beta = 1 - (1 - HIDDEN[alpha](t)) / (1 - HIDDEN[alpha](s))     # Eq. 7
         was, masked = masked, masked | (torch.rand(n) < beta)
         a_ts = a_t / a_s
         step = a_ts * z + (sigma_t**2 - a_ts**2 * sigma_s**2).sqrt() * torch.randn(n)
         jump = a_t * z0 + sigma_t * torch.randn(n)
         z = torch.where(was, step, torch.where(masked, jump, z))       # Eq. 8
-    t = clock[-1]
-    a, sigma = cadd.path(t, hint)
-    assert abs(masked.double().mean() - t) < 5 * math.sqrt(t * (1 - t) / n)
+    t = times[-1]
+    a, sigma = cadd.latent_schedule(t, hint)
+    share = HIDDEN[alpha](t).item()
+    assert abs(masked.double().mean() - share) < 5 * math.sqrt(share * (1 - share) / n)
     assert (z[~masked] == z0).all()
     m = masked.sum()
     assert abs(z[masked].mean() - a * z0) < 5 * sigma / m.sqrt()
@@ -119,21 +187,13 @@ def test_marginals_equal_the_simulated_chain(hint):
     # the closed form draws from the same distribution
     x0 = torch.zeros(n, 1, dtype=torch.long)
     t32 = t.float().expand(n)
-    x_t, closed = cadd.add_noise(x0, t32, torch.rand(n, 1), mask_id=1)
+    x_t, closed = cadd.add_noise(x0, t32, torch.rand(n, 1), mask_id=1, alpha=alpha)
     eps = torch.randn(n, 1, 1)
     z_t = cadd.add_noise_to_hints(torch.full((n, 1, 1), z0), closed, t32, eps, hint)
     assert torch.equal(x_t[:, 0] == 1, closed[:, 0]) and (z_t[~closed] == z0).all()
-    assert abs(closed.double().mean() - t) < 5 * math.sqrt(t * (1 - t) / n)
+    assert abs(closed.double().mean() - share) < 5 * math.sqrt(share * (1 - share) / n)
     assert abs(z_t[closed].mean() - a * z0) < 5 * sigma / m.sqrt()
     assert abs(z_t[closed].var() - sigma**2) < 5 * sigma**2 * (2 / m).sqrt()
-
-
-def test_flip_and_keep_probabilities_sum_to_one():
-    """Eq. 38 with alpha_t = 1 - t: (t - s)/t and s/t, for every pair of times."""
-    alpha = lambda t: 1 - t  # noqa: E731
-    for s, t in itertools.combinations(torch.linspace(0, 1, 11, dtype=torch.float64), 2):
-        flip, keep = (alpha(s) - alpha(t)) / (1 - alpha(t)), (1 - alpha(s)) / (1 - alpha(t))
-        assert flip + keep == pytest.approx(1) and flip == pytest.approx((t - s) / t)
 
 
 @pytest.mark.parametrize("hint", ["fm", "vp"])
@@ -142,11 +202,11 @@ def test_kl_rate_is_the_limit_of_the_posteriors_kl(hint):
     f64 = lambda v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
     for t, z0, z0_hat in [(0.1, 0.3, 0.2), (0.5, 1.0, -1.0), (0.95, 0.0, 2.0)]:
         dt = 1e-6
-        ab = [*cadd.path(f64(t), hint), *cadd.path(f64(t - dt), hint)]
+        ab = [*cadd.latent_schedule(f64(t), hint), *cadd.latent_schedule(f64(t - dt), hint)]
         mean, var = common.gaussian_posterior(f64(0.4), f64(z0), *ab)
         mean_hat, _ = common.gaussian_posterior(f64(0.4), f64(z0_hat), *ab)
         rate = (mean - mean_hat) ** 2 / (2 * var) / dt
-        want = cadd.path_kl_rate(f64(t), hint) * (z0 - z0_hat) ** 2
+        want = cadd.latent_kl_rate(f64(t), hint) * (z0 - z0_hat) ** 2
         assert rate.item() == pytest.approx(want.item(), rel=1e-3)  # error of order dt / t
 
 
@@ -177,21 +237,23 @@ def test_published_parameter_count():
     assert sum(p.numel() for p in model.parameters()) == 169_627_218  # "169.6M"
 
 
-def test_hint_none_is_mdlm():
+@pytest.mark.parametrize("alpha", HIDDEN)
+def test_hint_none_is_mdlm(alpha):
     """Ten lines of MDLM, written independently: loss and every gradient agree."""
-    model, (x0, t, u, _, valid) = tiny_model(hint="none"), tiny_batch()
-    loss, _ = model(x0, t, u, None, valid)
+    model, (x0, t, u, _, not_pad) = tiny_model(hint="none", alpha=alpha), tiny_batch()
+    loss, _ = model(x0, t, u, None, not_pad)
     loss.backward()
     got = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
     x_t = x0.clone()
-    x_t[u < t[:, None]] = 5                                            # [MASK]
+    x_t[u < HIDDEN[alpha](t)[:, None]] = 5                             # [MASK]
     h = model.net(x_t, torch.zeros(1))                                 # no time conditioning
     logits = h @ model.head.weight.T + model.head.bias
     logits[..., 5] = -torch.inf                                        # never predicts [MASK]
     log_p = logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0]
-    mdlm = -(log_p * (x_t == 5) / t[:, None]).sum()
+    weight = {"linear": 1 / t, "cosine": math.pi / 2 / torch.tan(math.pi / 2 * t)}[alpha]
+    mdlm = -(log_p * (x_t == 5) * weight[:, None]).sum()
     mdlm.backward()
     assert loss.item() == pytest.approx(mdlm.item(), rel=1e-5)
     for name, p in model.named_parameters():
@@ -199,44 +261,82 @@ def test_hint_none_is_mdlm():
             assert (got[name] - p.grad).norm() < 1e-3 * p.grad.norm(), name  # float32
 
 
-def test_loss_with_hints_follows_algorithm_1():
-    model, (x0, t, u, eps, valid) = tiny_model(), tiny_batch()
-    loss, stats = model(x0, t, u, eps, valid)
-    w = model.net.embed.weight
-    want = 0.0
-    for j in range(len(x0)):                                           # one sample at a time
-        masked = u[j] < t[j]
-        z_disc, z_t = w[torch.where(masked, 5, x0[j])], w[x0[j]].clone()
-        z_t[masked] = (1 - t[j]) * z_t[masked] + t[j] * eps[j][masked]
-        h = model.net((z_disc + z_t)[None], torch.zeros(1))[0]
-        nll = F.cross_entropy(model.logits(h[masked]), x0[j][masked], reduction="sum")
-        want = want + nll / t[j]
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    masked = u < t[:, None]
-    assert stats[1].sum() == masked.sum() and stats[2].sum().item() == pytest.approx(loss.item())
-    unweighted, _ = tiny_model(weight="none")(x0, t, u, eps, valid)
-    assert unweighted.item() == pytest.approx(stats[0].sum().item(), rel=1e-5)  # Eq. 20 printed
+def algorithm_1(model, x0, t, u, eps, not_pad):
+    """The loss with hints, written anew one sample at a time; sums of ce, masked and bound too."""
+    cfg, w, total, stats = model.cfg, model.net.embed.weight, 0.0, torch.zeros(3)
+    if cfg.embed_norm:
+        w = w / w.norm(dim=1, keepdim=True) * cfg.embed_norm * math.sqrt(cfg.dim)
+    for j, angle in enumerate(math.pi / 2 * t):
+        hidden, elbo = ((t[j], 1 / t[j]) if cfg.alpha == "linear"
+                        else (angle.sin(), math.pi / 2 * angle.cos() / angle.sin()))
+        a, sigma = (1 - t[j], t[j]) if cfg.hint == "fm" else (angle.cos(), angle.sin())
+        masked = u[j] < hidden
+        w_x, z_t = w[torch.where(masked, 5, x0[j])], w[x0[j]].clone()
+        z_t[masked] = a * z_t[masked] + sigma * eps[j][masked]
+        if cfg.hint_at == "masked":
+            z_t = z_t * masked[:, None]
+        if cfg.fuse == "concat":
+            h = torch.cat([w_x, z_t], 1) @ model.fuse.weight.T + model.fuse.bias
+        else:  # C.3's formula with the alpha_t of Eq. 1: hints count where much is hidden
+            h = w_x + z_t if cfg.fuse == "add" else (1 - hidden) * w_x + hidden * z_t
+        h = model.net(h[None], t[j:j + 1] if cfg.time_cond else torch.zeros(1))[0]
+        scored = masked & not_pad[j]
+        logits = (h @ model.head.weight.T + model.head.bias)[scored][:, :5]
+        nll = F.cross_entropy(logits, x0[j][scored], reduction="sum")
+        total = total + nll * (elbo if cfg.weight == "elbo" else 1)
+        stats += torch.stack([nll, scored.sum(), nll * elbo]).detach()
+        if cfg.mse != "none":
+            guess = (logits.softmax(1) @ w[:5] if cfg.mse == "soft" else w[logits.argmax(1)])
+            gap = guess - w[x0[j][scored]].detach()
+            total = total + cfg.mse_weight * gap.square().sum()
+    return total, stats
 
 
-def test_padding_carries_no_loss():
-    model, (x0, t, u, eps, valid) = tiny_model(), tiny_batch()
-    valid[:, 4:] = False
-    loss, stats = model(x0, t, u, eps, valid)
-    assert stats[1].sum() == ((u < t[:, None]) & valid).sum()
-    full, _ = model(x0, t, u, eps, torch.ones_like(valid))
-    assert loss < full
+OPTIONS = [
+    {"fuse": "concat"}, {"fuse": "reweight"}, {"hint": "vp"}, {"hint_at": "masked"},
+    {"embed_norm": 1.0}, {"time_cond": True}, {"mse": "soft"}, {"mse": "hard"},
+    {"weight": "none"}, {"mse": "soft", "mse_weight": 3.0}, {"alpha": "cosine"}]
+named = lambda flags: "-".join(map(str, flags.values()))  # noqa: E731
 
 
 @pytest.mark.parametrize("flags", [
-    {"fuse": "concat"}, {"fuse": "reweight"}, {"hint": "vp"}, {"hint_at": "masked"},
-    {"embed_norm": 1.0}, {"time_cond": True}, {"mse": "soft"}, {"mse": "hard"},
-    {"weight": "none"}, {"hint": "none"}, {"mse": "soft", "mse_weight": 3.0},
-])
+    {}, *OPTIONS, {"fuse": "reweight", "alpha": "cosine", "hint": "vp", "hint_at": "masked"},
+    {"fuse": "concat", "hint_at": "masked", "mse": "hard", "embed_norm": 0.5}], ids=named)
+def test_loss_with_hints_follows_algorithm_1(flags):
+    """Loss, statistics and every gradient, that through z_0 = w(x_0) included, of every option."""
+    model, (x0, t, u, eps, not_pad) = tiny_model(**flags), tiny_batch()
+    model.net.embed.weight.data *= 3  # else what is visible hardly counts beside the blocks
+    not_pad[:, 5:] = False
+    loss, stats = model(x0, t, u, eps, not_pad)
+    want, sums = algorithm_1(model, x0, t, u, eps, not_pad)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    for name, value in zip(("ce", "masked", "bound"), sums.tolist()):
+        assert stats[name].sum().item() == pytest.approx(value, rel=1e-5), name
+    if flags.get("weight") == "none":                                  # Eq. 20 as printed
+        assert loss.item() == pytest.approx(stats["ce"].sum().item(), rel=1e-5)
+    names, parameters = zip(*model.named_parameters())
+    own, other = (torch.autograd.grad(f, parameters, allow_unused=True) for f in (loss, want))
+    for name, a, b in zip(names, own, other):
+        assert (a is None) == (b is None), name
+        assert a is None or (a - b).norm() < 1e-3 * b.norm() + 1e-6, name  # float32
+
+
+def test_padding_carries_no_loss():
+    model, (x0, t, u, eps, not_pad) = tiny_model(), tiny_batch()
+    not_pad[:, 4:] = False
+    loss, stats = model(x0, t, u, eps, not_pad)
+    assert stats["masked"].sum() == ((u < t[:, None]) & not_pad).sum()
+    full, _ = model(x0, t, u, eps, torch.ones_like(not_pad))
+    assert loss < full
+
+
+@pytest.mark.parametrize("flags", [*OPTIONS, {"hint": "none"}], ids=named)
 def test_every_option_changes_the_loss(flags):
     def loss(f):
         torch.manual_seed(0)
-        x0, t, u, eps, valid = tiny_batch()
-        return tiny_model(**f)(x0, t, u, None if f.get("hint") == "none" else eps, valid)[0].item()
+        x0, t, u, eps, not_pad = tiny_batch()
+        eps = None if f.get("hint") == "none" else eps
+        return tiny_model(**f)(x0, t, u, eps, not_pad)[0].item()
     base = {"mse": "soft"} if "mse_weight" in flags else {}
     assert loss(flags) != pytest.approx(loss(base), rel=1e-6)
 
@@ -260,7 +360,7 @@ def test_hints_at_masked_positions_leave_visible_input_alone():
 
 
 def test_embed_norm_fixes_the_length_of_embeddings():
-    norms = tiny_model(embed_norm=0.5).table().norm(dim=-1)
+    norms = tiny_model(embed_norm=0.5).embedding_matrix().norm(dim=-1)
     assert torch.allclose(norms, torch.full((6,), 0.5 * 8**0.5))
 
 
@@ -283,18 +383,18 @@ def chi_square(x, p):
     return ((counts - expected) ** 2 / expected).sum().item()
 
 
-@pytest.mark.parametrize("hint,update", [
-    ("none", "posterior"), ("fm", "posterior"), ("vp", "posterior")])
-def test_sampler_and_trainer_share_one_clock(hint, update):
+@pytest.mark.parametrize("hint,alpha", [
+    ("none", "linear"), ("fm", "linear"), ("vp", "linear"), ("none", "cosine"), ("fm", "cosine")])
+def test_sampler_and_trainer_share_one_clock(hint, alpha):
     """The exact denoiser through the sampler gives the data's distribution.
 
     8 degrees of freedom: 35 is exceeded once in 30,000 times; 200 steps reveal both positions
     at once rarely enough (bias of order 1/200 of the dependence).
     """
-    model = Oracle(hint, EMBEDDINGS)
+    model = Oracle(hint, EMBEDDINGS, alpha=alpha)
     generator = torch.Generator().manual_seed(1)
     start = torch.full((10_000, L), V)
-    *_, x = cadd.sample(model, start, 200, z_update=update, generator=generator)
+    *_, x = cadd.sample(model, start, 200, generator=generator)
     assert (x < V).all()
     assert chi_square(x, P) < 35
     assert chi_square(x, torch.full((9,), 1 / 9, dtype=torch.float64)) > 1000  # it can fail
@@ -323,14 +423,15 @@ def test_one_step_samples_the_product_of_marginals():
     assert chi_square(x, product) < 35 and chi_square(x, P) > 500
 
 
-def test_reveal_counts_follow_the_schedule():
-    """After k of T steps a token is still masked with probability 1 - k/T."""
+@pytest.mark.parametrize("alpha", HIDDEN)
+def test_reveal_counts_follow_the_schedule(alpha):
+    """After k of T steps a token is still masked with probability 1 - alpha at time 1 - k/T."""
     T, n = 10, 20_000
-    states = list(cadd.sample(Oracle(), torch.full((n, L), V), T,
+    states = list(cadd.sample(Oracle(alpha=alpha), torch.full((n, L), V), T,
                               generator=torch.Generator().manual_seed(0)))
     for k, x in enumerate(states, 1):
-        share = (x == V).double().mean().item()
-        assert abs(share - (1 - k / T)) < 5 * math.sqrt(0.25 / (2 * n))
+        share, want = (x == V).double().mean().item(), HIDDEN[alpha](torch.tensor(1 - k / T))
+        assert abs(share - want) < 5 * math.sqrt(0.25 / (2 * n)), k
 
 
 class Linear(Oracle):
@@ -352,6 +453,52 @@ def test_K_chains_agree_in_expectation_for_a_linear_model(K):
                         generator=torch.Generator().manual_seed(K))
     share = torch.bincount(x.flatten(), minlength=V) / x.numel()
     assert torch.allclose(share, torch.tensor([0.5, 0.3, 0.2]), atol=5 * math.sqrt(0.25 / 40_000))
+
+
+def test_mean_over_chains_is_of_probabilities():
+    p = torch.tensor([[[0.5, 0.3, 0.2]], [[0.1, 0.1, 0.8]]], dtype=torch.float64)
+    mean = cadd.mean_over_chains([x.log() + 7 for x in p])             # any constant in the logits
+    assert torch.allclose(mean.exp(), torch.tensor([[0.3, 0.2, 0.5]], dtype=torch.float64))
+    assert mean.dtype == torch.float64
+
+
+@pytest.mark.parametrize("z0_hat", ["soft", "hard"])
+def test_each_chain_has_its_own_estimate(z0_hat):
+    """Eq. 21 and 5 with K = 3 and ddim, which draws nothing: soft estimates are each chain's own,
+    the hard one is the mode of the mean over chains. Sampling's noise never enters z."""
+    model, seen = Guess("fm", EMBEDDINGS), []
+    features = model.features
+
+    def record(x, z, masked, t):
+        seen.append((z, masked, t, features(x, z, masked, t)))
+        return seen[-1][-1]
+    model.features = record
+    list(cadd.sample(model, torch.full((300, L), V), 4, z_update="ddim", K=3, z0_hat=z0_hat,
+                     generator=torch.Generator().manual_seed(0)))
+    assert len(seen) == 12
+    before, after = seen[3:6], seen[6:9]                               # t = 3/4 and t = 1/2
+    p = torch.stack([logits.softmax(-1) for *_, logits in before])
+    for k, ((z_t, _, _, _), (z_s, masked, t, _)) in enumerate(zip(before, after)):
+        z0 = (p[k] @ EMBEDDINGS[:V].double() if z0_hat == "soft"
+              else EMBEDDINGS[p.mean(0).argmax(-1)])
+        assert t[0] == 0.5
+        want = 0.5 * z0 + 0.5 / 0.75 * (z_t.double() - 0.25 * z0)
+        assert masked.any() and torch.allclose(z_s[masked].double(), want[masked], atol=1e-5)
+    assert not torch.allclose(after[0][0], after[1][0])
+
+
+def test_fresh_hints_forget_the_old_ones():
+    """z_update=fresh: standard normal at every step, unrelated to before; 5 standard errors."""
+    model, seen = Guess("fm", EMBEDDINGS), []
+    features = model.features
+    model.features = lambda x, z, m, t: seen.append((z, m)) or features(x, z, m, t)
+    list(cadd.sample(model, torch.full((4000, L), V), 4, z_update="fresh",
+                     generator=torch.Generator().manual_seed(0)))
+    (one, _), (two, masked) = seen[1:3]
+    pairs = torch.stack([one[masked].flatten(), two[masked].flatten()])
+    n = pairs.shape[1]
+    assert abs(pairs.mean()) < 5 / n**0.5 and abs(pairs[1].var() - 1) < 5 * (2 / n)**0.5
+    assert abs(torch.corrcoef(pairs)[0, 1]) < 5 / n**0.5
 
 
 @pytest.mark.parametrize("options", [
@@ -393,19 +540,43 @@ def test_ddim_with_the_truth_lands_on_the_path():
 # ------------------------------------------------------------------------- likelihood
 
 
-def test_optimal_denoiser_reaches_the_entropy():
-    mean, error = bounds(Oracle(), "nll_prior", 4000)
+@pytest.mark.parametrize("alpha", HIDDEN)
+def test_optimal_denoiser_reaches_the_entropy(alpha):
+    mean, error = bounds(Oracle(alpha=alpha), "nll_prior", 4000)
     gap, se = (P * mean).sum() - ENTROPY, (P * error).square().sum().sqrt()
     assert abs(gap) < 4 * se and se < 0.02
 
 
-@pytest.mark.parametrize("hint", ["fm", "vp"])
-def test_joint_bound_of_the_optimal_denoiser_reaches_the_entropy(hint):
+@pytest.mark.parametrize("alpha", HIDDEN)
+def test_the_bound_depends_on_no_schedule(alpha):
+    """Of a model that ignores t and hints (Eq. 2 is an integral over 1 - alpha_t): by quadrature
+    and enumeration of what is hidden, and as `likelihoods` estimates it."""
+    model, want = Guess(), torch.zeros(len(STATES), dtype=torch.float64)
+    t = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    hidden, weight = cadd.schedule(t, alpha)[0], cadd.loss_weight(t, alpha)
+    found = torch.zeros_like(want)
+    for hide in itertools.product((False, True), repeat=L):
+        masked = torch.tensor(hide).expand(len(STATES), L)
+        x_t = torch.where(masked, V, STATES)
+        log_p = model.features(x_t, None, masked, None).log_softmax(-1)
+        nll = -(log_p.gather(-1, STATES[..., None])[..., 0] * masked).sum(1)
+        n = sum(hide)
+        found += nll * (weight * hidden**n * (1 - hidden) ** (L - n)).mean()
+        want += nll * (1 / 2 if n else 0)  # integral of m^(n-1) (1-m)^(2-n) dm, n = 1 and 2
+    assert torch.allclose(found, want, atol=1e-4)
+    mean, error = bounds(Guess(alpha=alpha), "nll_prior", 20_000)
+    gap, se = (P * (mean - want)).sum(), (P * error).square().sum().sqrt()
+    assert abs(gap) < 4 * se and se < 0.03 and ((mean - want).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("hint,alpha", [("fm", "linear"), ("vp", "linear"), ("fm", "cosine")])
+def test_joint_bound_of_the_optimal_denoiser_reaches_the_entropy(hint, alpha):
     """In continuous time the exact denoiser is the exact reverse process: Eq. 24 is tight.
 
-    This fixes path_kl_rate, both paths and their weights; the discrete part alone is far below.
+    This fixes latent_kl_rate, the schedules and their weights; the discrete part alone is far
+    below.
     """
-    model = Oracle(hint, EMBEDDINGS)
+    model = Oracle(hint, EMBEDDINGS, alpha=alpha)
     mean, error = bounds(model, "nll_joint", 20_000, t_min=1e-3)
     gap, se = (P * mean).sum() - ENTROPY, (P * error).square().sum().sqrt()
     assert abs(gap) < 4 * se and se < 0.05
@@ -428,12 +599,13 @@ def test_joint_bound_may_end_early(hint):
     assert abs(gap) < 4 * se and se < 0.02
 
 
-@pytest.mark.parametrize("hint,figure,K", [
-    ("none", "nll_prior", 1), ("fm", "nll_prior", 1), ("fm", "nll_prior", 4),
-    ("fm", "nll_joint", 1), ("vp", "nll_joint", 1)])
+@pytest.mark.parametrize("hint,figure,K,alpha", [
+    ("none", "nll_prior", 1, "linear"), ("fm", "nll_prior", 1, "linear"),
+    ("fm", "nll_prior", 4, "linear"), ("fm", "nll_joint", 1, "linear"),
+    ("vp", "nll_joint", 1, "linear"), ("fm", "nll_joint", 1, "cosine")])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_bounds_of_any_denoiser_sum_to_at_most_one(hint, figure, K, seed):
-    mean, error = bounds(Guess(hint, EMBEDDINGS, seed), figure, 3000, K, t_min=1e-3)
+def test_bounds_of_any_denoiser_sum_to_at_most_one(hint, figure, K, alpha, seed):
+    mean, error = bounds(Guess(hint, EMBEDDINGS, seed, alpha), figure, 3000, K, t_min=1e-3)
     p = (-mean).exp()
     assert p.sum() <= 1 + 4 * (p * error).square().sum().sqrt()
 
@@ -444,7 +616,7 @@ def test_more_chains_tighten_the_prior_bound():
     assert (P * four).sum() < (P * one).sum() - 2 * (P * error).square().sum().sqrt()
 
 
-def test_likelihood_counts_valid_tokens_only():
+def test_likelihood_counts_tokens_that_are_no_padding():
     """A padded half changes neither numerator nor denominator: uniform denoiser, ln V per token."""
     class Uniform(Guess):
         def features(self, x_t, z_t, masked, t):
@@ -456,13 +628,90 @@ def test_likelihood_counts_valid_tokens_only():
     assert value.mean().item() == pytest.approx(math.log(V), abs=5 * error)
 
 
+# ------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("hint", ["fm", "none"])
+def test_noise_is_a_function_of_seed_step_and_sample(hint):
+    """Parts of a batch hold what the whole one holds for these samples; steps and seeds differ."""
+    data = types.SimpleNamespace(
+        length=5, not_pad=lambda x: x != 2,
+        train_batch=lambda seed, step, n, index: types.SimpleNamespace(
+            ids=torch.arange(n * 5).view(n, 5)[index].remainder(4).numpy()))
+    ddp = common.DDP(0, 1, torch.device("cpu"), False)
+
+    def batch(index, step=3, seed=0):
+        cfg = Config(hint=hint, batch_size=12, dim=8, seed=seed)
+        return cadd.load_batch(cfg, data, step, torch.tensor(index), ddp)
+    whole, part = batch(range(12)), batch([7, 1])
+    for name, a, b in zip(whole._fields, whole, part):
+        assert (a is None and b is None and hint == "none") or torch.equal(a[[7, 1]], b), name
+    assert torch.equal(whole.not_pad, whole.x0 != 2) and not whole.not_pad.all()
+    gaps = whole.t.sort().values.diff()
+    assert gaps.min() > 1 / 12 - 2e-3 and whole.t.min() >= 1e-3        # low discrepancy
+    for other in (batch(range(12), step=4), batch(range(12), seed=1)):
+        assert (other.t != whole.t).all() and (other.u != whole.u).all()
+        assert hint == "none" or (other.eps != whole.eps).all()
+
+
+# ------------------------------------------------------------------------- what flags reach
+
+
+class Words:
+    """Data of words in place of Sequences: ids 0 to 4, 0 is padding."""
+
+    pad_id, length, unit, mask_id = 0, 6, "char", 5
+    ids = torch.tensor([[1, 2, 3, 4, 0, 0], [4, 3, 2, 1, 1, 0], [2, 2, 2, 2, 2, 2]]).numpy()
+
+    def num_sequences(self, split):
+        return len(self.ids)
+
+    def decode(self, ids):
+        return str(ids)
+
+    def eval_batches(self, split, batch_size, limit=None, start=0, stride=1):
+        chosen = self.ids[:limit][start::stride]
+        for i in range(0, len(chosen), batch_size):
+            yield Batch(chosen[i:i + batch_size])
+
+
+def test_evaluation_follows_its_flags():
+    """Draws, chains, padding and the rank's noise reach `likelihoods`."""
+    model = tiny_model()
+    cfg = dataclasses.replace(model.cfg, eval_draws=3, K=2, micro_batch=2, seed=5)
+    for rank in (0, 1):
+        ddp = common.DDP(rank, 1, torch.device("cpu"), False)
+        figures = cadd.evaluate(model, cfg, Words(), ddp)
+        batches = (torch.from_numpy(x) for x, _ in Words().eval_batches("valid", 2, None, rank))
+        want = cadd.likelihoods(model, batches, 3, common.fold_in(5, rank), pad_id=0, K=2)
+        assert list(figures) == list(want)
+        for name, values in want.items():
+            assert figures[name]["value"] == pytest.approx(values.mean().item() / math.log(2))
+            assert figures[name]["draws"] == 3 * (3 - rank)
+    assert [f["is_bound"] for f in figures.values()] == [True, True, False]
+
+
+def test_sampling_follows_its_flags(monkeypatch, tmp_path, capsys):
+    """Every sampler flag reaches `sample`, and so does what is given."""
+    seen, options = [], dict(temperature=0.7, top_p=0.9, z0_hat="hard", z_update="ddim", K=3)
+
+    def spy(model, x, steps, *, generator, **given):
+        seen.append((tuple(x.shape), steps, given))
+        yield x
+    monkeypatch.setattr(cadd, "sample", spy)
+    cfg = Config(samples=5, sample_batch=3, sample_steps=7, out=str(tmp_path), **options)
+    cadd.draw(tiny_model(), cfg, Words(), common.DDP(0, 1, torch.device("cpu"), False))
+    assert seen == [((3, 6), 7, options), ((2, 6), 7, options)]
+    assert capsys.readouterr().out.count("--- sample") == 5
+
+
 # ------------------------------------------------------------------------- configuration
 
 
 def test_presets_name_fields_and_datasets():
-    from data import DATASETS
     fields = {f.name for f in dataclasses.fields(Config)}
-    assert set(cadd.PRESETS) == set(DATASETS) | {"path"}
+    texts = {name for name, recipe in DATASETS.items() if recipe.kind in ("stream", "rows")}
+    assert set(cadd.PRESETS) == texts | {"folder"}
     for name, row in cadd.PRESETS.items():
         assert set(row) <= fields, name
         Config(**row)
@@ -470,17 +719,13 @@ def test_presets_name_fields_and_datasets():
 
 def test_heads_must_divide_the_width():
     with pytest.raises(common.RunError, match="even multiple of --heads"):
-        CADD(Config(dim=10, heads=3), 5)
+        cadd.build(Config(dim=10, heads=3), types.SimpleNamespace(vocab_size=5))
 
 
-def test_prompt_needs_a_gap():
-    from data import load_dataset
+def test_prompt_needs_a_gap(data_dir):
     with pytest.raises(common.RunError, match="has no gap"):
-        cadd.encode_prompt("nothing", load_dataset("pydoc", length=16))
+        cadd.encode_prompt("nothing", load_dataset("pydoc", data_dir, 16))
 
 
-def test_bench_prints_one_json_line(capsys):
-    cadd.main(["--mode", "bench", "--device", "cpu", "--dim", "16", "--heads", "2", "--depth", "1",
-               "--length", "8", "--micro_batch", "4", "--bench_steps", "2"])
-    record = json.loads(capsys.readouterr().out)
-    assert record["tokens_per_s"] > 0 and record["batch"] == 4
+def test_names_of_the_methods():
+    assert [cadd.name_of(Config(hint=h)) for h in ("fm", "vp", "none")] == ["cadd", "cadd", "mdlm"]

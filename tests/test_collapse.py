@@ -1,11 +1,11 @@
 """eval.py collapse: embeddings with known answers, what the scripts hand over, the pictures."""
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import cadd
 import catdm
@@ -21,11 +21,12 @@ TINY = ["--device", "cpu", "--dim", "16", "--heads", "2", "--depth", "1", "--len
         "--sample_steps", "2", "--eval_sequences", "8", "--eval_draws", "1", "--steps", "2"]
 
 
-def made_probe(table, **more):
-    """A probe with these embeddings; signal from 1 to 0 while the noise grows from 0 to 1."""
+def collapse_of(embeddings, tokens=None):
+    """Figures and curves; signal falls from 1 to 0 while the noise grows from 0 to 1."""
     times = np.linspace(0, 1, 11)
-    return dict(name="made", method="cadd", embeddings=table, times=times, cross_entropy=2 * times,
-                signal=1 - times, sigma=times, **more)
+    result = metrics.collapse(times, dict(embeddings=embeddings, cross_entropy=2 * times,
+                                          signal=1 - times, sigma=times, tokens=tokens))
+    return result["figures"], result["curves"]
 
 
 # ------------------------------------------------------------------------- figures
@@ -33,19 +34,17 @@ def made_probe(table, **more):
 
 def test_collapsed_embeddings():
     table = torch.full((50, 8), 0.3) * torch.arange(1.0, 9)       # all rows alike, not 0
-    result = metrics.collapse(made_probe(table, tokens=torch.arange(50).view(10, 5)))
-    f = result["figures"]
+    f, c = collapse_of(table, torch.arange(50).view(10, 5))
     assert (f["V"], f["D"], f["spread"], f["effective_rank"]) == (50, 8, 0, 0)
     assert f["ani"] == pytest.approx(1) and f["variance_largest"] < 1e-12
-    assert result["curves"]["distances"].max() == 0
+    assert c["distances"].max() == 0
     assert f["norm"] == pytest.approx(0.3 * math.sqrt(204))
     assert f["dgs"] == pytest.approx(1 / 50)                      # a tie: always the same guess
 
 
 def test_orthogonal_embeddings():
     table = 3.0 * torch.eye(8)
-    result = metrics.collapse(made_probe(table))
-    f, c = result["figures"], result["curves"]
+    f, c = collapse_of(table)
     assert f["ani"] == pytest.approx(0, abs=1e-12) and f["norm"] == pytest.approx(3)
     # the covariance is 9/8 (1 - 1/8 ones): seven variances of 9/8, none along the mean
     assert c["axes"].tolist() == pytest.approx([9 / 8] * 7)
@@ -63,11 +62,11 @@ def test_isotropic_embeddings():
     """N(0, I / D) + offset: V D numbers make each figure sure to about (V D)^-1/2 = 0.4%."""
     V, D = 4000, 16
     table = torch.randn(V, D, generator=torch.Generator().manual_seed(0)) / D**0.5
-    f = metrics.collapse(made_probe(table))["figures"]
+    f, _ = collapse_of(table)
     assert f["effective_rank"] == pytest.approx(D / (1 + D / V), rel=0.01)
     assert f["spread"] == pytest.approx(1, abs=0.01) and f["ani"] == pytest.approx(0, abs=0.005)
     shifted = table + torch.full((D,), D**-0.5)                   # the mean has norm 1, too
-    f = metrics.collapse(made_probe(shifted))["figures"]
+    f, _ = collapse_of(shifted)
     assert f["spread"] == pytest.approx(0.5, abs=0.02)
     assert f["effective_rank"] == pytest.approx(D / (1 + D / V), rel=0.01)
     assert f["ani"] == pytest.approx(0.5, abs=0.03)
@@ -77,7 +76,7 @@ def test_dgs_of_two_embeddings_in_closed_form():
     """+-e: the degenerate model takes the sign of z e, so DGS_t = Phi(signal |e| / sigma)."""
     table = 0.7 * torch.nn.functional.normalize(torch.ones(2, 6), dim=-1)
     table[1] *= -1
-    c = metrics.collapse(made_probe(table))["curves"]
+    _, c = collapse_of(table)
     for k in (3, 5, 8, 10):
         t = k / 10
         phi = 0.5 * (1 + math.erf((1 - t) / t * 0.7 / math.sqrt(2)))
@@ -99,7 +98,7 @@ def test_latent_variances_by_hand():
     # positions 0 and 1 never vary; position 2 is 0, 0, e_1, e_2: E x^2 - (E x)^2
     expected = [36 / 4 - (6 / 4) ** 2, 4 / 4 - (2 / 4) ** 2, 0, 0, 0, 0]
     assert metrics.latent_variances(table, tokens).tolist() == pytest.approx(expected)
-    f = metrics.collapse(made_probe(table, tokens=tokens.numpy()))["figures"]
+    f, _ = collapse_of(table, tokens.numpy())
     assert f["variance_largest"] == pytest.approx(6.75) and f["variance_median"] == 0
 
 
@@ -119,60 +118,38 @@ def test_distances_of_many_embeddings_are_a_sample():
 # ------------------------------------------------------------------------- pictures
 
 
-def test_ticks_are_round():
-    assert metrics.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert metrics.ticks(0.02, 0.98) == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert metrics.ticks(0, 3.2) == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, 3])
-    for low, high in [(0, 7), (-3, 11), (0, 1e-3), (5, 5.5), (0, 940)]:
-        found = metrics.ticks(low, high)
-        assert 4 <= len(found) <= 10 and low <= min(found) and max(found) <= high * (1 + 1e-9)
+@pytest.fixture()
+def figures(monkeypatch):
+    """The matplotlib figures that are saved, by file name."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    found, save = {}, Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: (found.update({path.name: self}),
+                                                               save(self, path)))
+    return found
 
 
-def near(pixels, x, y, colour):
-    """Is there a pixel of about this colour within two of (x, y)?"""
-    part = pixels[round(y) - 2:round(y) + 3, round(x) - 2:round(x) + 3].astype(int)
-    return (np.abs(part - colour).max(-1) < 60).any()
-
-
-@pytest.mark.parametrize("log", [False, True])
-def test_line_plot_puts_points_where_they_belong(log):
-    x = np.linspace(0, 2, 9)
-    y = 10 ** (-x) if log else x / 1.05                            # falls, or rises to the top
-    pixels = np.asarray(metrics.line_plot([("#ff0000", x, y), ("#0000ff", x, y * 0 + 0.1)],
-                                          "title", "x", log))
-    H, W = metrics.PANEL[1], metrics.PANEL[0]
-    assert pixels.shape == (H, W, 3)
-    left, right, top, bottom = 55, W - 15, 30, H - 45
-    for part in (0.2, 0.5, 0.75):
-        place = left + part * (right - left)
-        height = 1 - part if log else part / 1.05 / 1.0
-        assert near(pixels, place, bottom - height * (bottom - top), (255, 0, 0))
-        height = 0.5 if log else 0.1 / 2
-        assert near(pixels, place, bottom - height * (bottom - top), (0, 0, 255)) or part == 0.5
-    assert (pixels[top:bottom, left + 4:right - 4] != 255).any() and (pixels[:, :9] == 255).all()
-
-
-def test_plots_of_next_to_nothing():
-    for log in (False, True):
-        metrics.line_plot([("#ff0000", [0.0], [0.0])], "", "", log)
-    pixels = np.asarray(metrics.heat_map(torch.zeros(3, 3), "none"))
-    assert (pixels[100, metrics.PANEL[0] // 2] == 255).all()
-
-
-def test_heat_map_and_panels(tmp_path):
-    matrix = torch.tensor([[0.0, 4.0], [2.0, 0.0]])
-    image = metrics.heat_map(matrix, "two")
-    pixels = np.asarray(image).astype(int)
-    W, H = metrics.PANEL
-    left, side = W // 2 - (2 * H - 130) // 4, (2 * H - 130) // 2
-    quarters = [[pixels[30 + y, left + x, 0] for x in (side // 4, 3 * side // 4)]
-                for y in (side // 4, 3 * side // 4)]
-    assert quarters[0] == [255, 0] and 126 <= quarters[1][0] <= 128 and quarters[1][1] == 255
-    metrics.save_panels(tmp_path / "sheet.png", [image] * 4, 3)
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape == (2 * H, 3 * W, 3)
-    np.testing.assert_array_equal(sheet[H:, :W], pixels)
-    assert (sheet[H:, W:] == 255).all()
+def test_pictures_hold_the_curves(tmp_path, figures):
+    """Each panel has the runs that have this curve, each run the same colour everywhere."""
+    table = 3.0 * torch.eye(8)
+    results = {name: dict(curves=collapse_of(table * scale, tokens)[1])
+               for name, scale, tokens in (("a", 1, None), ("b", 0, torch.arange(8)[:, None]))}
+    paths = metrics.draw_collapse(results, tmp_path)
+    assert [path.name for path in paths] == ["collapse.png", "distances.png"]
+    assert all(path.exists() for path in paths)
+    axes = figures["collapse.png"].axes
+    titles = ["variance of dim", "cross-entropy", "DGS_t", "variance of emb", "magnitudes"]
+    assert all(ax.get_title().startswith(t) for ax, t in zip(axes, titles, strict=True))
+    assert [ax.get_yscale() for ax in axes] == ["log", "linear", "linear", "log", "linear"]
+    lines = [{line.get_color(): line.get_xydata() for line in ax.get_lines()} for ax in axes]
+    assert [list(found) for found in lines] == [["C1"]] + [["C0", "C1"]] * 4
+    times = np.linspace(0, 1, 11)
+    np.testing.assert_allclose(lines[1]["C0"], np.stack([times, 2 * times], 1))
+    np.testing.assert_allclose(lines[4]["C0"], np.stack([np.linspace(0, 1, 8), np.full(8, 3)], 1))
+    assert (lines[3]["C1"][:, 1] == 1e-8).all()                   # nothing left, on a log axis
+    images = [ax.images[0].get_array() for ax in figures["distances.png"].axes if ax.get_title()]
+    for image, run in zip(images, "ab", strict=True):
+        np.testing.assert_array_equal(image, results[run]["curves"]["distances"])
 
 
 # ------------------------------------------------------------------------- CADD's probe
@@ -183,7 +160,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name, flags in {"free": ["--embed_norm", "0"], "mdlm": ["--hint", "none"],
                         "vp": ["--hint", "vp", "--embed_norm", "0.2"]}.items():
-        cadd.main([*TINY, "--data_dir", str(folder / "data"), "--out", str(folder / name), *flags])
+        common.main(cadd, [*TINY, "--data_dir", str(folder / "data"), "--out", str(folder / name),
+                           *flags])
     return folder
 
 
@@ -197,13 +175,15 @@ def test_cadds_probe(runs, monkeypatch, name):
         return torch.zeros(*x_t.shape, 1)
     monkeypatch.setattr(cadd.CADD, "features", features)
     monkeypatch.setattr(cadd.CADD, "logits", lambda self, h: log_p.expand(len(h), 27))
-    probe = cadd.probe(str(runs / name), ["--device", "cpu", "--data_dir", str(runs / "data")])
+    flags = ["--device", "cpu", "--data_dir", str(runs / "data")]
+    cfg, ddp, model, data, _ = common.open_run(cadd, str(runs / name), flags)
+    times = metrics.PROBE_TIMES
+    probe = cadd.probe(model, cfg, data, ddp, times)
     weights = torch.load(runs / name / "checkpoint.pt", weights_only=True)["ema"]["params"]
     table = weights["net.embed.weight"][:27]
     if name == "vp":
         table = torch.nn.functional.normalize(table, dim=-1) * 0.8
     assert torch.allclose(probe["embeddings"], table) and not probe["embeddings"].requires_grad
-    times = probe["times"]
     np.testing.assert_allclose(times, np.arange(0.02, 1, 0.04))
     signal, sigma = (1 - times, times) if name == "free" else (np.cos(np.pi / 2 * times),
                                                               np.sin(np.pi / 2 * times))
@@ -234,7 +214,7 @@ def test_cadds_probe(runs, monkeypatch, name):
     np.testing.assert_allclose(probe["cross_entropy"], nll / total, rtol=1e-6)
 
 
-def test_the_command(runs, capsys, tmp_path):
+def test_the_command(runs, capsys, tmp_path, figures):
     flags = ["--data_dir", str(runs / "data"), "--device", "cpu"]
     metrics.main(["collapse", str(runs / "free"), str(runs / "vp"), *flags])
     lines = capsys.readouterr().out.splitlines()
@@ -243,22 +223,31 @@ def test_the_command(runs, capsys, tmp_path):
     assert "| 0.800 |" in lines[3]                                # the norm: 0.2 sqrt(16)
     kept = json.loads((runs / "free" / "collapse.json").read_text())
     assert len(kept["vp"]["dgs"]) == 25 and kept["free"]["figures"]["V"] == 27
-    sizes = [Image.open(runs / "free" / name).size for name in ("collapse.png", "distances.png")]
-    W, H = metrics.PANEL
-    assert sizes == [(3 * W, 2 * H), (2 * W, H)]
+    assert lines[4:] == [str(runs / "free" / name) for name in ("collapse.png", "distances.png")]
+    assert [len(figures[name].axes) for name in ("collapse.png", "distances.png")] == [5, 4]
     metrics.main(["collapse", str(runs / "vp"), *flags, "--out", str(tmp_path / "new")])
     assert (tmp_path / "new" / "collapse.png").exists()
 
 
+def test_without_matplotlib_there_are_figures_and_a_hint(runs, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    metrics.main(["collapse", str(runs / "vp"), "--data_dir", str(runs / "data"), "--device", "cpu",
+                  "--out", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert "| vp | cadd |" in printed.out and "pip install matplotlib" in printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["collapse.json"]
+
+
 def test_one_diagnosis_for_three_papers(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "GLYPH_SPLITS", {"train": 480, "valid": 32, "test": 32})
+    monkeypatch.setattr(metrics.TokenClassifier, "steps", 5)      # catdm.py's report
     tiny = ["--device", "cpu", "--steps", "2", "--samples", "1", "--depth", "1", "--heads", "2",
             "--eval_sequences", "4", "--embed_dim", "8"]
-    difformer.main([*tiny, "--dim", "16", "--ffn", "16", "--batch_tokens", "192", "--max_number",
-                    "99", "--vocab", "300", "--K", "4", "--early_stop", "1", "--out",
-                    str(tmp_path / "difformer")])
-    catdm.main([*tiny, "--dim", "16", "--batch_size", "8", "--sample_steps", "2", "--data_dir",
-                str(tmp_path / "data"), "--out", str(tmp_path / "catdm")])
+    common.main(difformer, [*tiny, "--dim", "16", "--ffn", "16", "--batch_tokens", "192",
+                            "--max_number", "99", "--vocab", "300", "--K", "4", "--early_stop", "1",
+                            "--out", str(tmp_path / "difformer")])
+    common.main(catdm, [*tiny, "--dim", "16", "--batch_size", "8", "--sample_steps", "2",
+                        "--data_dir", str(tmp_path / "data"), "--out", str(tmp_path / "catdm")])
     capsys.readouterr()
     folders = [str(tmp_path / "catdm"), str(tmp_path / "difformer")]
     metrics.main(["collapse", *folders, "--data_dir", str(tmp_path / "data"), "--device", "cpu"])
@@ -280,7 +269,7 @@ def test_the_command_refuses(runs, tmp_path):
     with pytest.raises(RunError, match="vadd learns no embeddings that are diffused"):
         metrics.main(["collapse", str(tmp_path), *flags])
     common.write_checkpoint(tmp_path / "checkpoint.pt", dict(method="os"))
-    with pytest.raises(RunError, match="os learns no embeddings"):
+    with pytest.raises(RunError, match="was made by os.py, and there is no such script here"):
         metrics.main(["collapse", str(tmp_path), *flags])
     (tmp_path / "checkpoint.pt").write_bytes(b"PK")
     with pytest.raises(RunError, match="truncated or not a checkpoint"):

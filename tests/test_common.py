@@ -1,8 +1,13 @@
 """The shared mathematics, network and plumbing of common.py."""
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import math
+import signal
+import time
+import types
 
 import numpy as np
 import pytest
@@ -10,11 +15,12 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import RunError, arg
+from common import RunError, arg, free
+from conftest import log_of
 
 
-def place(rank=0, world=1):
-    return common.Setup(rank, world, torch.device("cpu"), amp=False)
+def ddp(rank=0, world=1):
+    return common.DDP(rank, world, torch.device("cpu"), amp=False)
 
 
 # ------------------------------------------------------------------------- mathematics
@@ -153,16 +159,75 @@ def test_dit_refuses_more_tokens_than_it_has_positions_for():
         tiny_dit(length=8)(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1))
 
 
-def test_masked_positions_are_complete_and_fit_the_capacity():
-    rng = np.random.default_rng(0)
-    for trial in range(200):
-        B, L = 8, 32
-        t = common.low_discrepancy_t(torch.arange(B), B, rng.random(), 1e-3)
-        masked = torch.from_numpy(rng.random((B, L)).astype(np.float32)) < t[:, None]
-        capacity = common.mask_capacity(B, L)
-        index, live = common.masked_positions(masked, capacity)
-        assert len(index) == capacity <= B * L
-        assert sorted(index[live].tolist()) == masked.flatten().nonzero()[:, 0].tolist()
+SHARES = {"linear": lambda t: t, "cosine": lambda t: torch.sin(math.pi / 2 * t)}
+
+
+def test_share_moments_in_closed_form():
+    """E[m] and E[m (1 - m)] of m = t: 1/2, 1/6; of m = sin(pi t / 2): 2/pi, 2/pi - 1/2."""
+    assert common.share_moments(SHARES["linear"]) == pytest.approx((1 / 2, 1 / 6), abs=1e-6)
+    assert common.share_moments(SHARES["cosine"]) == pytest.approx(
+        (2 / math.pi, 2 / math.pi - 1 / 2), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_masked_positions_are_complete_and_never_exceed_their_room(name):
+    """2,000 low-discrepancy batches of many shapes, every tenth with the worst shift, whole or one
+    of the parts that micro_batches makes."""
+    rng, moments = np.random.default_rng(0), common.share_moments(SHARES[name])
+    smaller = 0
+    for trial in range(2000):
+        B, L = int(rng.integers(1, 65)), int(rng.choice([1, 2, 7, 16, 64, 200]))
+        parts = int(rng.integers(1, 4))
+        shift = 1 / (B * parts) * (1 - 1e-9) if trial % 10 == 0 else rng.random()
+        index = torch.arange(trial % parts, B * parts, parts)
+        t = common.low_discrepancy_t(index, B * parts, shift, 1e-3)
+        masked = torch.from_numpy(rng.random((B, L), np.float32)) < SHARES[name](t)[:, None]
+        if trial % 3 == 0:  # padding
+            masked &= torch.from_numpy(rng.random((B, L)) < 0.9)
+        index, used = common.masked_positions(masked, moments)
+        assert sorted(index[used].tolist()) == masked.flatten().nonzero()[:, 0].tolist()
+        assert len(index.unique()) == len(index) <= B * L
+        assert torch.equal(used, masked.flatten()[index])
+        smaller += len(index) < 0.9 * B * L
+    assert smaller > 400  # the head does run at fewer positions
+
+
+def masked_batch(B, L, d=6, V=4):
+    torch.manual_seed(0)
+    h, head = torch.randn(B, L, d, requires_grad=True), torch.nn.Linear(d, V + 1)
+    return h, head, torch.randint(V, (B, L)), torch.rand(B) + 0.5
+
+
+def test_masked_cross_entropy_is_the_plain_one_at_masked_positions():
+    h, head, x0, weight = masked_batch(8, 32)
+    masked = torch.rand(8, 32) < torch.linspace(0.05, 0.95, 8)[:, None]
+    loss, nll = common.masked_cross_entropy(h, head, x0, masked, weight, (1 / 2, 1 / 6))
+    plain = F.cross_entropy(head(h)[..., :-1].transpose(1, 2), x0, reduction="none") * masked
+    assert torch.allclose(nll, plain.sum(1), rtol=1e-5)
+    assert loss.item() == pytest.approx((plain.sum(1) * weight).sum().item(), rel=1e-5)
+    own, want = (torch.autograd.grad(f, [h, head.weight, head.bias])
+                 for f in (loss, (plain.sum(1) * weight).sum()))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(own, want))
+
+
+def test_masked_cross_entropy_is_nan_rather_than_too_low():
+    """More masked positions than there is room for: in the loss, in the statistics by which a run
+    stops, and in the gradient, so that nobody learns from a part of the batch."""
+    h, head, x0, weight = masked_batch(8, 512)
+    everything = torch.ones_like(x0, dtype=torch.bool)
+    loss, nll = common.masked_cross_entropy(h, head, x0, everything, weight, (1 / 2, 1 / 6))
+    loss.backward()
+    assert loss.isnan() and nll.isnan().all() and head.weight.grad[:-1].isnan().all()
+    loss, nll = common.masked_cross_entropy(h, head, x0, everything, weight, (1.0, 0.0))
+    assert loss.isfinite() and nll.isfinite().all()
+
+
+def test_by_tenth():
+    t = torch.tensor([0.001, 0.0999, 0.1, 0.55, 0.9999, 1.0])
+    found = common.by_tenth(t, a=torch.arange(6.0, requires_grad=True), n=torch.ones(6).bool())
+    assert found["a"].tolist() == [1, 2, 0, 0, 0, 3, 0, 0, 0, 9]
+    assert found["n"].tolist() == [2, 1, 0, 0, 0, 1, 0, 0, 0, 2]
+    assert not found["a"].requires_grad and set(found) == {"a", "n"}
 
 
 # ------------------------------------------------------------------------- EMA, learning rate
@@ -191,10 +256,15 @@ def test_ema_refuses_another_model():
 
 
 def test_learning_rate_schedules():
-    constant = [common.learning_rate(s, 1.0, 4, "constant", 10) for s in range(12)]
+    def rates(steps, **flags):
+        cfg = common.RunConfig(lr=1.0, steps=10, **flags)
+        return [common.learning_rate(step, cfg) for step in steps]
+    constant = rates(range(12), warmup=4)
     assert constant[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and constant[-1] == 1.0
-    cosine = [common.learning_rate(s, 1.0, 0, "cosine", 10) for s in (0, 5, 10, 20)]
-    assert cosine == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    assert rates((0, 5, 10, 20), warmup=0, lr_schedule="cosine") == pytest.approx([1, 0.5, 0, 0])
+    assert rates((1, 2, 6), warmup=2, lr_schedule="cosine") == pytest.approx([1, 1, 0.5])
+    root = rates((1, 3, 4, 16, 64), warmup=4, lr_schedule="inverse_sqrt")
+    assert root == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.25])
 
 
 # ------------------------------------------------------------------------- processes and noise
@@ -203,16 +273,16 @@ def test_learning_rate_schedules():
 @pytest.mark.parametrize("world,micro", [(1, 24), (1, 5), (2, 24), (3, 4), (4, 3)])
 def test_micro_batches_partition_the_global_batch_and_span_all_times(world, micro):
     parts = [part for rank in range(world)
-             for part in common.micro_batches(24, micro, place(rank, world))]
+             for part in common.micro_batches(24, micro, ddp(rank, world))]
     assert sorted(torch.cat(parts).tolist()) == list(range(24))
     for part in parts:
         assert len(part) <= micro
-        assert len({(part[i + 1] - part[i]).item() for i in range(len(part) - 1)}) <= 1
+        assert (part.diff() == 24 // len(part)).all()  # from end to end, evenly
 
 
 def test_micro_batches_refuse_uneven_shares():
     with pytest.raises(RunError, match="multiple of the number of processes"):
-        common.micro_batches(10, 4, place(0, 3))
+        common.micro_batches(10, 4, ddp(0, 3))
 
 
 def test_noise_belongs_to_the_sample_not_to_the_rank():
@@ -236,25 +306,31 @@ def test_noise_has_the_right_distribution_across_samples():
 
 @dataclasses.dataclass
 class Toy(common.RunConfig):
-    dataset: str = arg("a", "set", fixed=True)
-    width: int = arg(4, "width", 1, 100, fixed=True)
-    rate: float = arg(0.5, "rate", 0, 1)
-    kind: str = arg("x", "kind", choices=("x", "y"))
+    dataset: str = arg("a", "set")
+    width: int = arg(4, "width, 100% of it", 1, 100)
+    rate: float = free(0.5, "rate", 0, 1, group="sampling")
+    kind: str = free("x", "kind", choices=("x", "y"))
+    files: tuple = arg((), "two files")
 
 
-PRESETS = {"a": {}, "b": {"width": 9}, "path": {}}
+toy_script = types.ModuleType("toy", "What it is.")
+toy_script.__file__, toy_script.Config = "/somewhere/toy.py", Toy
+toy_script.PRESETS = {"a": {}, "b": {"width": 9}, "folder": {"width": 7}}
 
 
 def toy(*argv):
-    return common.parse_config(Toy, "toy", "doc", PRESETS, list(argv))[0]
+    return common.parse_config(toy_script, list(argv))
 
 
 def test_flags_override_presets_override_defaults(tmp_path):
     assert (toy().width, toy("--dataset", "b").width) == (4, 9)
     assert toy("--dataset", "b", "--width", "5").width == 5
     assert toy("--no-compile").compile is False
+    assert toy("--files", "m", "n").files == ["m", "n"]
     assert toy("--dataset", "b").out == "runs/toy-b"
-    assert toy("--dataset", str(tmp_path)).out == f"runs/toy-{tmp_path.name}"
+    own = toy("--dataset", str(tmp_path))
+    assert (own.out, own.width) == (f"runs/toy-{tmp_path.name}", 7)
+    assert toy("--dataset", "own/tokens.npy").width == 7
 
 
 @pytest.mark.parametrize("argv,message", [
@@ -264,6 +340,8 @@ def test_flags_override_presets_override_defaults(tmp_path):
     (["--rate", "nan"], "nan is out of range: 0 to 1"),
     (["--rate", "much"], "'much' is not of type float"),
     (["--kind", "z"], "'z' is not one of x, y"),
+    (["--dataset"], "expected one argument"),
+    (["--files", "m"], "expected 2 arguments"),
 ])
 def test_wrong_flags_exit_with_2_and_say_why(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -277,11 +355,82 @@ def test_unknown_dataset_names_the_known():
         toy("--dataset", "c")
 
 
-def test_help_shows_every_field(capsys):
-    with pytest.raises(SystemExit):
-        toy("--help")
-    out = capsys.readouterr().out
+def help_of(capsys, *argv):
+    """--help as {group: {flag: its text}}, and all of it."""
+    with pytest.raises(SystemExit) as error:
+        toy("--help", *argv)
+    out, groups = capsys.readouterr().out, {}
+    assert error.value.code == 0
+    for block in out.split("\n\n"):
+        title, _, rest = block.partition(":\n")
+        if title in common.GROUPS:
+            groups[title] = {f.split()[0]: " ".join(f.split()) for f in rest.split("\n  --")}
+    return {g: {k.removeprefix("--"): v for k, v in fs.items()} for g, fs in groups.items()}, out
+
+
+def test_help_shows_every_field_in_its_group(capsys):
+    groups, out = help_of(capsys)
     assert all(f"--{f.name}" in out for f in dataclasses.fields(Toy))
+    for field in dataclasses.fields(Toy):
+        names = [name.rstrip(",") for name in groups[field.metadata["group"]]]
+        assert field.name in names, field.name
+    assert "What it is." in out and "100% of it" in out
+    order = [out.index(f"\n{name}:\n") for name in common.GROUPS if name in groups]
+    assert order == sorted(order)
+
+
+def test_help_shows_the_values_of_the_dataset(capsys, tmp_path):
+    for argv, width in [([], 4), (["--dataset", "b"], 9), (["--dataset", str(tmp_path)], 7),
+                        (["--dataset", "no such set"], 7)]:
+        groups, out = help_of(capsys, *argv)
+        assert f"(default {width})" in groups["method"]["width"], argv
+        assert f"--dataset {argv[1] if argv else 'a'}" in out
+    assert "(default" not in groups["method"]["files"] + groups["run"]["overwrite,"]
+
+
+def saved_toy(out, config):
+    """A run folder of toy.py whose checkpoint has this configuration."""
+    out.mkdir()
+    common.write_checkpoint(out / "checkpoint.pt", dict(method="toy", config=config))
+    return ["--out", str(out)]
+
+
+def test_a_trained_run_keeps_its_configuration(tmp_path):
+    """Free flags may change, fixed ones may not; folders, device and mode are not the run's."""
+    config = dataclasses.asdict(Toy(dataset="b", width=33, rate=0.25, device="cuda", mode="train",
+                                    save="elsewhere", out="moved"))
+    flags = [*saved_toy(tmp_path / "a", config), "--mode", "eval"]
+    cfg = toy(*flags)
+    assert (cfg.dataset, cfg.width, cfg.rate) == ("b", 33, 0.25)
+    assert (cfg.device, cfg.mode, cfg.save, cfg.out) == ("auto", "eval", "", str(tmp_path / "a"))
+    assert toy(*flags, "--rate", "0.75", "--width", "33").rate == 0.75
+    with pytest.raises(RunError, match="made with --width 33, not 9: .*--overwrite"):
+        toy(*flags, "--width", "9")
+    with pytest.raises(RunError, match="--dataset b, not a"):
+        toy(*flags, "--dataset", "a")
+    assert toy(*flags[:2], "--width", "9").width == 9  # training: Run asks, once it resumes
+    with pytest.raises(RunError, match="train first"):
+        toy("--mode", "sample", "--out", str(tmp_path / "none"))
+
+
+def test_a_checkpoint_may_lack_flags_and_have_others(tmp_path):
+    """A flag newer than the checkpoint had its default; one that is gone is ignored."""
+    config = dataclasses.asdict(Toy(rate=0.25)) | {"gone": 1}
+    del config["width"]
+    flags = [*saved_toy(tmp_path / "a", config), "--mode", "sample"]
+    assert (toy(*flags).width, toy(*flags).rate) == (4, 0.25)
+    assert toy(*flags, "--width", "4").width == 4
+    with pytest.raises(RunError, match="made with --width 4, not 5"):
+        toy(*flags, "--width", "5")
+
+
+@pytest.mark.parametrize("name", ["seed", "lr", "clip", "ema", "beta2", "weight_decay", "warmup",
+                                  "lr_schedule"])
+def test_what_defines_a_run_is_fixed(name):
+    fixed = {f.name: f.metadata["fixed"] for f in dataclasses.fields(common.RunConfig)}
+    assert fixed[name] and not (fixed["steps"] or fixed["minutes"] or fixed["out"])
+    with pytest.raises(RunError, match=f"--{name} 1, not 2"):
+        common.check_same_run({name: 1}, {name: 2}, common.RunConfig)
 
 
 # ------------------------------------------------------------------------- checkpoints
@@ -331,3 +480,175 @@ def test_flag_value_refuses_nan_bounds():
     field = next(f for f in dataclasses.fields(Toy) if f.name == "rate")
     with pytest.raises(argparse.ArgumentTypeError):
         common._flag_value(field, "inf")
+
+
+# ------------------------------------------------------------------------- ranks
+
+
+class Pair(common.DDP):
+    """Rank 0 of two that hold the same values."""
+
+    def sum(self, x):
+        return 2 * x
+
+
+def test_gradients_wait_for_the_last_micro_batch():
+    calls, net = [], types.SimpleNamespace(no_sync=lambda: contextlib.nullcontext("not yet"))
+    for world, last in [(1, False), (1, True), (2, False), (2, True)]:
+        with ddp(0, world).no_sync(net, last) as state:
+            calls.append(state)
+    assert calls == [None, None, "not yet", None]
+
+
+def test_any_rank_is_enough():
+    assert ddp().any(True) is True and ddp().any(False) is False
+    assert Pair(0, 2, torch.device("cpu"), False).any(True) is True
+
+
+def test_estimates_by_hand():
+    """Bits per character, nats per point of L bins, nats per token with perplexity."""
+    values = {"nll": torch.tensor([1.0, 2.0, 3.0, 6.0]), "speed": torch.tensor([1.0])}
+    data = types.SimpleNamespace(unit="char", length=7)
+    figures = common.estimates(values, data, ddp(), split="valid")
+    error = math.sqrt((4 + 1 + 0 + 9) / 4 / 4) / math.log(2)  # standard deviation over root n
+    assert figures["nll"] == dict(value=pytest.approx(3 / math.log(2)), unit="bits/char", draws=4,
+                                  stderr=pytest.approx(error), split="valid")
+    data.unit = "bin"
+    assert common.estimates(values, data, ddp())["nll"]["value"] == pytest.approx(21)
+    data.unit = "token"
+    figures = common.estimates(values, data, ddp())
+    assert figures["nll"]["perplexity"] == pytest.approx(math.exp(3))
+    assert figures["nll"]["unit"] == "nats/token" and "perplexity" not in figures["speed"]
+    two = common.estimates(values, data, Pair(0, 2, torch.device("cpu"), False))["nll"]
+    assert (two["value"], two["draws"]) == (pytest.approx(3), 8)
+    assert two["stderr"] == pytest.approx(figures["nll"]["stderr"] / math.sqrt(2))
+
+
+def test_samples_are_drawn_in_batches():
+    """7 samples, 3 at once: the last of what each sampler yields, in order."""
+    asked = []
+
+    def sampler(begin, end):
+        asked.append((begin, end))
+        yield torch.full((end - begin, 2), -1)
+        yield torch.arange(begin, end)[:, None].expand(-1, 2)
+    x = common.draw_in_batches(7, 3, 2, sampler)
+    assert asked == [(0, 3), (3, 6), (6, 7)] and x[:, 0].tolist() == list(range(7))
+
+
+# ------------------------------------------------------------------------- the run by itself
+
+
+@dataclasses.dataclass
+class TinyConfig(common.RunConfig):
+    dataset: str = arg("nothing", "set")
+
+
+def tiny_run(tmp_path, ranks=None, data=None, **flags):
+    cfg = TinyConfig(**{"steps": 6, "log_every": 2, "save_every": 4, "out": str(tmp_path / "run"),
+                        **flags})
+    data = data or types.SimpleNamespace(
+        describe=lambda: "nothing: 0 sequences", tokenizer=lambda: {"vocab": [1]}, length=3)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    return common.Run("toy", cfg, ranks or ddp(), data, model, optimizer,
+                      common.EMA(model, 0.5), note=" | noted")
+
+
+def test_statistics_are_sums_since_the_last_line_over_all_ranks(tmp_path):
+    """Numbers, tensors and lists, added several times a step; ranks' sums; nothing is carried."""
+    seen, ranks = [], Pair(0, 2, torch.device("cpu"), False)
+    run = tiny_run(tmp_path, ranks, save_every=100, steps=5)
+    ranks.world = 1  # nothing to gather when it is saved
+    for step in run.steps(lambda total: seen.append(total) or ({"loss": total["loss"]}, {})):
+        for part in (1.0, 2.0):
+            run.add(loss=torch.tensor(part * step, requires_grad=True), by_t=torch.ones(3) * part)
+        run.add(tokens=10, accuracy=0.5)
+    assert seen == [
+        dict(loss=2 * 3.0, by_t=[12.0] * 3, tokens=40, accuracy=2.0),
+        dict(loss=2 * 15.0, by_t=[12.0] * 3, tokens=40, accuracy=2.0),
+        dict(loss=2 * 12.0, by_t=[6.0] * 3, tokens=20, accuracy=1.0)]
+    lines = log_of(tmp_path / "run")
+    assert [r["step"] for r in lines] == [0, 2, 4, 5] and lines[2]["loss"] == 30.0
+    assert lines[1]["lr"] == 0.5 and {"tokens_per_s", "mfu", "seconds"} <= set(lines[1])
+    start = lines[0]["start"]
+    assert start["method"] == "toy" and start["parameters"] == 3 and start["config"]["steps"] == 5
+    assert {"argv", "commit", "python", "torch", "hardware"} <= set(start)
+
+
+def test_a_rank_leaves_the_loop_when_another_asks(tmp_path, monkeypatch):
+    """They ask each other at the log, here it is the other one, at the second; and before they
+    save together, whether the statistics of one are bad."""
+    ranks = Pair(0, 2, torch.device("cpu"), False)
+    asked = []
+    ranks.any = lambda flag: asked.append(flag) or len(asked) == 2
+    run = tiny_run(tmp_path, ranks, steps=100, save_every=1000)
+    monkeypatch.setattr(common, "rng_states", lambda ddp: [{}, {}])  # the gathering of both
+    for _ in run.steps(lambda total: ({}, {})):
+        run.add(tokens=1)
+    assert asked == [False, False, False] and run.step == 4
+    assert common.read_checkpoint(tmp_path / "run" / "checkpoint.pt", "toy")["step"] == 4
+
+
+def test_an_error_in_the_loop_leaves_the_signals_as_they_were(tmp_path):
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    run = tiny_run(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        for _ in run.steps(lambda total: ({}, {})):
+            assert signal.getsignal(signal.SIGINT) != before[0]
+            raise ZeroDivisionError
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        for step in tiny_run(tmp_path).steps(lambda total: ({}, {})):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_what_is_not_finite_is_never_saved(tmp_path):
+    """Step 4 is to be saved between two lines of the log, and its statistics are infinite."""
+    run = tiny_run(tmp_path, log_every=3, save_every=2)
+    with pytest.raises(RunError, match="the loss is inf between steps 3 and 6.*good state.*--lr"):
+        for step in run.steps(lambda total: ({}, {})):
+            run.add(tokens=1, loss=torch.tensor(math.inf if step == 3 else 1.0))
+    kept = common.read_checkpoint(tmp_path / "run" / "checkpoint.pt", "toy")
+    assert kept["step"] == 2
+
+
+def test_the_first_line_says_what_is_trained(tmp_path, capsys):
+    tiny_run(tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("nothing: 0 sequences | noted | 0.0M parameters | 1 x CPU")
+    assert printed[1] == f"training -> {tmp_path / 'run'}"
+
+
+@pytest.mark.parametrize("kept,now,fits", [
+    (dict(vocab=[1]), dict(vocab=[1], classes=()), True), (dict(vocab=[1]), dict(vocab=[2]), False),
+    (dict(pixels=[[1]]), dict(vocab=[2], pixels=[[1]]), True),
+    (dict(pixels=[[1]]), dict(vocab=[2], pixels=[[3]]), False)])
+def test_data_must_be_those_whose_tokens_were_learned(tmp_path, kept, now, fits):
+    """Old checkpoints of images kept no vocabulary, but pictures."""
+    before, after = (types.SimpleNamespace(describe=str, tokenizer=lambda t=t: t, length=3)
+                     for t in (kept, now))
+    run = tiny_run(tmp_path, data=before, steps=2)
+    for _ in run.steps(lambda total: ({}, {})):
+        run.add(tokens=1)
+    with contextlib.nullcontext() if fits else pytest.raises(RunError, match="not those that"):
+        assert tiny_run(tmp_path, data=after, steps=4).step == 2
+
+
+def test_bench_times_the_loop_without_its_warm_up(tmp_path, capsys):
+    """Five steps to warm up, then those that count; nothing is read or written."""
+    run, steps = tiny_run(tmp_path, mode="bench", bench_steps=3), []
+    for step in run.steps(None):
+        steps.append(step)
+        time.sleep(0.002)
+        run.add(tokens=10 ** (6 - step) if step < 5 else 7)
+    record = json.loads(capsys.readouterr().out)
+    assert steps == list(range(8)) and record["tokens_per_step"] == 7
+    assert record["tokens_per_s"] == pytest.approx(7000 / record["ms_per_step"], rel=0.02)
+    assert record["parameters"] == 3 and record["length"] == 3 and record["method"] == "toy"
+    assert not (tmp_path / "run").exists()

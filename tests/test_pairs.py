@@ -1,22 +1,15 @@
-"""data.py's pairs of sentences: sets, tokens, batches, BLEU. Nothing is downloaded."""
+"""data.py's pairs of sentences: sets, tokens, batches. Nothing is downloaded."""
 
 import gzip
 import io
-import itertools
 import json
-import math
-import sys
 import tarfile
-import types
 import zipfile
 
 import numpy as np
 import pytest
-import torch
 
 import data
-import eval as metrics
-from common import RunError
 from data import DataError, load_pairs
 
 
@@ -67,25 +60,25 @@ def test_bpe_joins_the_most_frequent_pair_and_loses_nothing():
 
 
 def test_train_batch_is_a_function_of_its_arguments():
-    pairs = load_pairs("numbers", length=32, vocab=300, max_number=199)
+    pairs = load_pairs("numbers", max_length=32, vocab=300, max_number=199)
     whole = pairs.train_batch(0, 7, 256)
-    other = load_pairs("numbers", length=32, vocab=300, max_number=199)
+    other = load_pairs("numbers", max_length=32, vocab=300, max_number=199)
     other.train_batch(1, 3, 128)
     assert all(map(np.array_equal, whole, other.train_batch(0, 7, 256)))
-    assert not np.array_equal(whole[0], other.train_batch(1, 7, 256)[0])
-    x, y = whole
+    assert not np.array_equal(whole.ids, other.train_batch(1, 7, 256).ids)
+    y, x = whole
     assert (x[:, 0] == 1).all() and ((x == 2).sum(1) == 1).all() and x.shape[1] % 8 == 0
 
 
 def test_an_epoch_has_every_pair_and_full_batches():
-    pairs = load_pairs("numbers", length=40, vocab=300, max_number=199)
+    pairs = load_pairs("numbers", max_length=40, vocab=300, max_number=199)
     known = {tuple(map(tuple, map(pairs.encode, pair))) for pair in pairs.pairs_of("train")}
     steps = len(pairs.cuts(256)) - 1
     orders = []
     for epoch in range(2):
         seen = []
         for step in range(epoch * steps, (epoch + 1) * steps):
-            x, y = pairs.train_batch(0, step, 256)
+            y, x = pairs.train_batch(0, step, 256)
             L = max(x.shape[1], y.shape[1])
             assert 256 - L < len(x) * L <= 256 and len(x) == len(y)
             seen += [(tuple(a[a > 0]), tuple(b[b > 0])) for a, b in zip(x, y)]
@@ -95,16 +88,57 @@ def test_an_epoch_has_every_pair_and_full_batches():
     assert orders[0] != orders[1]
 
 
+def test_eval_batches_are_the_first_pairs_at_one_width():
+    pairs = load_pairs("numbers", max_length=32, vocab=300, max_number=199)
+    sources, targets = (pairs.rows(side) for side in zip(*pairs.pairs_of("valid", 9)))
+    whole = list(pairs.eval_batches("valid", 4, 9))
+    assert [len(batch.ids) for batch in whole] == [4, 4, 1] and whole[0].ids.dtype == np.int64
+    np.testing.assert_array_equal(np.concatenate([batch.ids for batch in whole]), targets)
+    np.testing.assert_array_equal(np.concatenate([batch.given for batch in whole]), sources)
+    for rank in range(2):
+        part = list(pairs.eval_batches("valid", 2, 9, rank, 2))
+        np.testing.assert_array_equal(np.concatenate([b.ids for b in part]), targets[rank::2])
+        np.testing.assert_array_equal(np.concatenate([b.given for b in part]), sources[rank::2])
+    assert sum(len(batch.ids) for batch in pairs.eval_batches("train", 50)) == pairs.pairs == 180
+    with pytest.raises(DataError, match="numbers has no other pairs"):
+        next(pairs.eval_batches("other", 4))
+    assert [pairs.num_sequences(split) for split in ("train", "valid", "other")] == [180, 10, 0]
+    assert pairs.unit == "token" and pairs.not_pad(targets[0]).sum() == (targets[0] > 0).sum()
+    assert pairs.describe() == "numbers: 180 pairs, 300 tokens" and pairs.entropies("valid") == {}
+
+
+def test_checkpoint_keeps_the_tokenizer():
+    pairs = load_pairs("numbers", max_length=32, vocab=300, max_number=199, lower=True)
+    kept = json.loads(json.dumps(pairs.tokenizer()))
+    assert set(kept) == {"name", "length", "vocab", "lower"}  # as in all old checkpoints
+    again = data.PairData.from_tokenizer(kept)
+    assert again.encode("ZWEI").tolist() == pairs.encode("zwei").tolist() and again.pairs == 0
+    assert (again.length, again.vocab_size, again.pad_id) == (32, 300, 0)
+
+
+def test_synthetic_pairs(tmp_path):
+    pairs = load_pairs("wmt14", tmp_path, 64, 5000, synthetic=True)
+    assert not list(tmp_path.iterdir()) or [p.name for p in tmp_path.iterdir()] == ["mirror"]
+    assert pairs.vocab_size == 5000 and pairs.pairs >= 65_536 // 32
+    targets, sources = pairs.train_batch(0, 3, 65_536)
+    assert targets.shape == sources.shape == (2048, 32) and not np.array_equal(targets, sources)
+    assert (targets[:, 0] == data.BOS).all() and (targets[:, -1] == data.EOS).all()
+    inner = targets[:, 1:-1]
+    assert inner.min() == data.SPECIALS and 4990 < inner.max() < 5000
+
+
 def test_own_files_and_their_mistakes(tmp_path, capsys):
     def write(name, text):
         (tmp_path / name).write_text(text)
         return str(tmp_path / name)
     a, b = write("a", "eins\n\nzwei\n" + "drei " * 99 + "\n"), write("b", "one\nx\ntwo\nthree\n")
-    pairs = load_pairs("files", length=24, vocab=300, files={"train": (a, b), "valid": (a, b)})
+    pairs = load_pairs("files", max_length=24, vocab=300, files={"train": (a, b), "valid": (a, b)})
     assert pairs.pairs == 2 and "2 of 4 training pairs are left out" in capsys.readouterr().err
     assert len(pairs.texts["test"]) == 4
     with pytest.raises(DataError, match="has 4 lines, .* has 1"):
         load_pairs("files", files={"train": (a, write("c", "one\n"))})
+    with pytest.raises(DataError, match="no training pair beside"):
+        load_pairs("files", files={"train": (write("c", "one"), write("c", "one"))})
     with pytest.raises(DataError, match="--train a.de a.en"):
         load_pairs("files", files={"train": ()})
     with pytest.raises(DataError, match="nowhere does not exist: give a text file"):
@@ -113,7 +147,7 @@ def test_own_files_and_their_mistakes(tmp_path, capsys):
     with pytest.raises(DataError, match="cannot be read as UTF-8"):
         load_pairs("files", files={"train": (a, str(tmp_path / "d"))})
     with pytest.raises(DataError, match="raise --max_length"):
-        load_pairs("files", length=2, vocab=300, files={"train": (a, b), "valid": (a, b)})
+        load_pairs("files", max_length=2, vocab=300, files={"train": (a, b), "valid": (a, b)})
 
 
 # ------------------------------------------------------------------------- sets
@@ -143,21 +177,25 @@ def sgm(*texts):
 
 
 def test_multi30k_from_a_mirror(mirror, tmp_path, monkeypatch, capsys):
-    sums = {}
-    for name, n in (("train", 40), ("val", 3), ("test_2016_flickr", 2)):
+    parts = {}
+    for split, name, n in (("train", "train", 40), ("valid", "val", 3),
+                           ("test", "test_2016_flickr", 2)):
         for language, text in zip(("de", "en"), numbered(n, f"Hund {name}", f"dog {name}")):
             (mirror / f"{name}.{language}.gz").write_bytes(gzip.compress(text.encode()))
-        sums[name] = tuple(data.sha256_of(mirror / f"{name}.{e}.gz") for e in ("de", "en"))
+        known = data.PAIR_SETS["multi30k"].parts[split][0]
+        assert known.url.endswith(f"/{name}.{{}}.gz")
+        parts[split] = [known._replace(sha256=tuple(
+            data.sha256_of(mirror / f"{name}.{e}.gz") for e in ("de", "en")))]
     with pytest.raises(DataError, match="not the file expected"):
         load_pairs("multi30k", tmp_path / "data", vocab=300)
-    monkeypatch.setattr(data, "MULTI30K_SHA256", sums)
+    monkeypatch.setitem(data.PAIR_SETS, "multi30k", data.PairSet(("de", "en"), parts))
     pairs = load_pairs("multi30k", tmp_path / "data", vocab=300)
     assert pairs.pairs == 40 and pairs.pairs_of("train", 1) == [("Hund train 0", "dog train 0")]
     assert pairs.texts["valid"][2] == ("Hund val 2", "dog val 2") and len(pairs.texts["test"]) == 2
     for file in mirror.iterdir():
         file.unlink()
     load_pairs("multi30k", tmp_path / "data", vocab=300)  # what was downloaded is used
-    data.describe_pairs(pairs)
+    data.report(pairs, tmp_path)
     assert "40 train, 3 valid, 2 test pairs" in capsys.readouterr().out
 
 
@@ -169,7 +207,7 @@ def test_iwslt14(mirror, tmp_path):
     lines += [("a b c d", "a b"), ("x " * 176, "x " * 176), ("", "y")]  # too different, long, empty
     files = {f"de-en/train.tags.de-en.{end}": "\n".join(line[k] for line in lines) + "\n"
              for k, end in enumerate(("de", "en"))}
-    for name in data.IWSLT14_TEST:
+    for name in ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012"):
         for end in ("de", "en"):
             files[f"de-en/IWSLT14.{name}.de-en.{end}.xml"] = sgm(f"{name} &amp; {end}", "ja")
     pack(mirror / "de-en.tgz", files)
@@ -217,8 +255,14 @@ def test_wmt14_wmt16_and_gigaword(mirror, tmp_path):
         for split in ("train", "dev", "test") for end in ("src", "tgt")})
     pairs = load_pairs("gigaword", tmp_path / "data", vocab=300)
     assert pairs.texts["valid"] == [("src UNK dev", "tgt UNK dev")] * 3
+    pack(mirror / "gigaword.zip", {"org_data/train.src.txt": "a\n",
+                                   "org_data/train.tgt.txt": "b\nc\n"} | {
+        f"org_data/{split}.{end}.txt": "a\n" for split in ("dev", "test")
+        for end in ("src", "tgt")})
+    with pytest.raises(DataError, match="gigaword.zip/org_data/train.src.txt has 1 lines"):
+        load_pairs("gigaword", tmp_path / "uneven", vocab=300)
     pack(mirror / "gigaword.zip", {"org_data/train.src.txt": "a\n"})
-    with pytest.raises(DataError, match="does not hold"):
+    with pytest.raises(DataError, match="cannot be read as an archive of org_data/train.src.txt"):
         load_pairs("gigaword", tmp_path / "other", vocab=300)
 
 
@@ -233,7 +277,7 @@ def test_jsonl_and_prepared_files(tmp_path):
     pairs = load_pairs("qqp", tmp_path, vocab=300)
     assert pairs.pairs == 4 and pairs.texts["test"][3] == ("wie 3", "test 3")
     (folder / "valid.jsonl").write_text('{"src": "a"}\n')
-    with pytest.raises(DataError, match='valid.jsonl: each line must be {"src"'):
+    with pytest.raises(DataError, match='valid.jsonl cannot be read as lines {"src"'):
         load_pairs("qqp", tmp_path, vocab=300)
 
     folder = tmp_path / "wmt14"
@@ -263,7 +307,7 @@ def test_distilled_targets(tmp_path):
 
 
 def test_large_sets_are_kept_until_a_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "WORTH_KEEPING", 90)
+    monkeypatch.setattr(data, "WORTH_KEEPING", 0)
     folder = tmp_path / "wmt14"
     folder.mkdir()
     for split, n in (("train", 90), ("valid", 2)):
@@ -283,122 +327,3 @@ def test_large_sets_are_kept_until_a_file_changes(tmp_path, monkeypatch):
     (folder / "valid.de").write_text("other\nlines\n")
     assert load_pairs("wmt14", tmp_path, vocab=300).texts["valid"][0][1] == "other"
     assert len(seen) == 3
-
-
-# ------------------------------------------------------------------------- BLEU
-
-
-def test_bleu_gives_the_published_examples():
-    """The examples of NLTK's documentation: 0.5046 and, for two sentences, 0.5921."""
-    hyp1 = ("It is a guide to action which ensures that the military always obeys the commands of "
-            "the party").split()
-    refs = ["It is a guide to action that ensures that the military will forever heed Party "
-            "commands", "It is the guiding principle which guarantees the military forces always "
-            "being under the command of the Party", "It is the practical guide for the army "
-            "always to heed the directions of the party"]
-    refs1 = [r.split() for r in refs]
-    hyp2 = "he read the book because he was interested in world history".split()
-    refs2 = ["he was interested in world history because he read the book".split()]
-    assert data.bleu([hyp1], [refs1]) == pytest.approx(0.5045666840058485)
-    assert data.bleu([hyp1, hyp2], [refs1, refs2]) == pytest.approx(0.5920778868801042)
-    assert data.bleu([["a", "b"]], [[["a", "b", "c", "d"]]]) == 0
-    smooth = data.bleu([["a", "b"]], [[["a", "b", "c", "d"]]], smooth=True)
-    assert smooth == pytest.approx(math.exp(1 - 4 / 2))
-    smooth = data.bleu([list("abcde")], [[list("abcdf")]], smooth=True)
-    assert smooth == pytest.approx((4 / 5 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
-
-
-def test_tokeniser_and_figures():
-    assert data.tokenise_13a('"Hi," he said: 3.5%-off...') == [
-        '"', "Hi", ",", '"', "he", "said", ":", "3.5", "%", "-off", ".", ".", "."]
-    rows = [dict(text="A cat sat here .", reference="a cat sat here."),
-            dict(text="a b c d e", reference="a b c d e")]
-    figures = data.score_translations(rows)
-    assert figures["exact"]["value"] == 50 and figures["bleu"]["value"] == pytest.approx(100)
-
-
-
-
-# ------------------------------------------------------------------------- eval.py
-
-
-def test_rouge_gives_the_published_examples():
-    """rouge_score's documentation and Lin's paper (2004)."""
-    one, two, longest = metrics.rouge("The quick brown dog jumps on the log.",
-                                      "The quick brown fox jumps over the lazy dog")
-    p, r = 6 / 8, 6 / 9
-    assert one == pytest.approx(2 * p * r / (p + r)) and two == pytest.approx(2 * 2 / (7 + 8))
-    p, r = 5 / 8, 5 / 9
-    assert longest == pytest.approx(2 * p * r / (p + r))
-    reference = "police killed the gunman"
-    assert metrics.rouge("police kill the gunman", reference) == pytest.approx((3/4, 1/3, 3/4))
-    assert metrics.rouge("the gunman kill police", reference) == pytest.approx((3/4, 1/3, 2/4))
-    assert metrics.rouge("", "a") == metrics.rouge("b", "a") == metrics.rouge("b", "") == (0, 0, 0)
-
-
-def test_common_subsequence_by_enumeration():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        a, b = (rng.integers(0, 3, n).tolist() for n in rng.integers(0, 8, 2))
-        subsequences = [{tuple(x for x, keep in zip(s, mask) if keep)
-                         for mask in itertools.product((0, 1), repeat=len(s))} for s in (a, b)]
-        assert metrics.common_subsequence(a, b) == max(map(len, set.intersection(*subsequences)))
-
-
-def test_diversity_counts_distinct_four_grams():
-    assert metrics.diversity(["a b c d e", "a b c d f"]) == 3 / 4
-    assert metrics.diversity(["a b c d"] * 5) == 1 / 5
-    assert metrics.diversity(["a b c", "d"]) is None
-
-
-ROWS = [dict(source="x", text="a b c d e", reference="a b c d e",
-             candidates=["a b c d e", "a b c d f"]),
-        dict(source="y", text="F g h", reference="f g h i", candidates=["F g h", "f g h i j"])]
-
-
-def test_all_figures_of_translations(tmp_path, capsys):
-    figures = metrics.translation_figures(ROWS)
-    assert figures["exact"]["value"] == 50
-    assert figures["rouge1"]["value"] == pytest.approx(100 * (1 + 6 / 7) / 2)
-    assert figures["div4"]["value"] == pytest.approx((3 / 4 + 1) / 2)
-    assert 0 < figures["bleu"]["value"] < 100
-    file = tmp_path / "translations.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    metrics.main([str(file)])
-    printed = capsys.readouterr().out
-    assert "rougeL, F1" in printed and "div4, per source" in printed and "50.0000" in printed
-
-
-def test_packages_with_models(monkeypatch):
-    for name, install in (("bertscore", "pip install bert-score"),
-                          ("comet", "pip install unbabel-comet")):
-        monkeypatch.setitem(sys.modules, "bert_score", None)
-        monkeypatch.setitem(sys.modules, "comet", None)
-        with pytest.raises(RunError, match=install):
-            metrics.translation_figures(ROWS, [name])
-
-    def score(texts, references, model_type):
-        assert texts == ["a b c d e", "F g h"] and references == ["a b c d e", "f g h i"]
-        return None, None, torch.tensor([0.5, 1.0])
-    monkeypatch.setitem(sys.modules, "bert_score", types.SimpleNamespace(score=score))
-
-    class Model:
-        def predict(self, triples, batch_size, gpus):
-            assert triples[1] == dict(src="y", mt="F g h", ref="f g h i")
-            return types.SimpleNamespace(system_score=0.8)
-    monkeypatch.setitem(sys.modules, "comet", types.SimpleNamespace(
-        download_model=str, load_from_checkpoint=lambda name: Model()))
-    figures = metrics.translation_figures(ROWS, ["bertscore", "comet"])
-    assert figures["bertscore"]["value"] == 75 and figures["comet"]["value"] == 0.8
-    with pytest.raises(RunError, match='each translation.s "source"'):
-        metrics.comet([dict(text="a", reference="b")])
-
-
-def test_sacrebleu_agrees_where_it_is_installed():
-    package = pytest.importorskip("sacrebleu")
-    lines = ['"Hi," he said: 3.5%-off...', "It is a guide to action.", "the cat sat on the mat, ok"]
-    rows = [dict(text=a, reference=b) for a, b in zip(lines, lines[:2] + ["a cat sat on the mat"])]
-    ours = data.bleu([data.tokenise_13a(r["text"]) for r in rows],
-                     [[data.tokenise_13a(r["reference"])] for r in rows])
-    assert metrics.sacrebleu(rows)["sacrebleu"]["value"] == pytest.approx(100 * ours)
-    assert package.__version__ in metrics.sacrebleu(rows)["sacrebleu"]["unit"]
