@@ -286,13 +286,13 @@ class CADD(nn.Module):
         need not learn from context; where it is 1/V the hint is useless.
         """
         z0, (_, masked) = self.w(x0).float(), add_noise(x0, t, u, self.mask_id, self.cfg.alpha)
-        z_t = add_noise_to_hints(z0, masked, t, eps, self.cfg.hint)               # (B, L, d)
-        a = latent_schedule(t, self.cfg.hint)[0][:, None, None]
-        w = self.embedding_matrix()[:-1].float()
+        z_t = add_noise_to_hints(z0, masked, t, eps, self.cfg.hint)[masked]       # (M, d)
+        t_i = t[:, None].expand_as(x0)[masked]                                    # (M,)
+        a, w = latent_schedule(t_i, self.cfg.hint)[0], self.embedding_matrix()[:-1].float()
         # argmin_v |z_t - a w_v|^2
-        nearest = (z_t @ w.T - 0.5 * a * w.square().sum(-1)).argmax(-1)           # (B, L)
-        hits = common.by_tenth(t, hit=((nearest == x0) & masked).sum(1), all=masked.sum(1))
-        pairs = zip(hits["hit"].tolist(), hits["all"].tolist())
+        nearest = (z_t @ w.T - 0.5 * a[:, None] * w.square().sum(-1)).argmax(-1)
+        sums = common.by_tenth(t_i, hits=nearest == x0[masked], all=torch.ones_like(t_i))
+        pairs = zip(sums["hits"].tolist(), sums["all"].tolist())
         return [round(h / n, 4) if n else None for h, n in pairs]
 
 
@@ -476,6 +476,7 @@ class Batch(NamedTuple):
 
 
 def load(cfg: Config, tokenizer: dict | None = None) -> Sequences:
+    """The data set; of a checkpoint's tokenizer without its text, which sampling does not need."""
     if tokenizer:
         return Sequences.from_tokenizer(tokenizer)
     return load_dataset(cfg.dataset, cfg.data_dir, cfg.length, synthetic=cfg.mode == "bench")
@@ -497,12 +498,14 @@ def load_batch(cfg: Config, data: Sequences, step: int, index: Tensor, ddp: comm
 
 
 def build(cfg: Config, data: Sequences) -> CADD:
+    """The network, untrained. Raises RunError if its width does not suit rotary attention."""
     if cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 2:
         raise RunError(f"--dim {cfg.dim} must be an even multiple of --heads {cfg.heads}")
     return CADD(cfg, data.vocab_size)
 
 
 def train(cfg: Config, ddp: common.DDP, data: Sequences) -> common.Run:
+    """Algorithm 1, on all ranks, from where the run folder's checkpoint stands."""
     model = build(cfg, data).to(ddp.device)
     if cfg.init_from:
         source = Path(cfg.init_from) / "checkpoint.pt"
@@ -560,6 +563,7 @@ def summarise(total: dict, model: CADD, batch: Batch) -> tuple[dict, dict]:
 
 
 def name_of(cfg: Config) -> str:
+    """What tables call this run."""
     return "mdlm" if cfg.hint == "none" else "cadd"
 
 

@@ -1145,22 +1145,20 @@ def restore_rng(states: list[dict], ddp: DDP, step: int) -> None:
 
 def environment(ddp: DDP) -> dict:
     """Commit ($CATDIFF_COMMIT if set, else what git says), versions and hardware, for logs."""
-    commit = os.environ.get("CATDIFF_COMMIT", "")
-    git = ["git", "-C", str(Path(__file__).parent)]
-    run = dict(capture_output=True, text=True, check=True, timeout=10)
+    def git(*command: str) -> str:
+        folder = str(Path(__file__).parent)
+        return subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True,
+                              check=True, timeout=10).stdout.strip()
     try:
-        if not commit:
-            commit = subprocess.run(git + ["rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-            status = git + ["status", "--porcelain", "--untracked-files=no"]
-            commit += "+changes" if subprocess.run(status, **run).stdout.strip() else ""
+        changes = "--porcelain", "--untracked-files=no"
+        commit = os.environ.get("CATDIFF_COMMIT") or git("rev-parse", "--short=12", "HEAD") + (
+            "+changes" if git("status", *changes) else "")
     except (OSError, subprocess.SubprocessError):
         commit = "unknown"
-    if ddp.on_cuda:
-        hardware = f"{ddp.world} x {torch.cuda.get_device_name(ddp.device)}"
-    else:
-        hardware = f"{ddp.world} x CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    name = torch.cuda.get_device_name(ddp.device) if ddp.on_cuda else (
+        f"CPU, {torch.get_num_threads()} threads, {platform.machine()}")
     return dict(commit=commit, python=platform.python_version(), torch=torch.__version__,
-                hardware=hardware)
+                hardware=f"{ddp.world} x {name}")
 
 
 PEAK_BF16 = {  # dense bf16 FLOP/s by the vendor's data sheets, without sparsity
