@@ -28,7 +28,6 @@ Time runs from t = 0 (clean) to t = 1 (noise).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -44,8 +43,9 @@ from torch import Tensor
 
 import common
 from common import RunError, arg, free
-from data import PAD, PairData, Sequences, load_dataset, load_pairs, read_lines
-from eval import TokenClassifier, choose, score_translations
+from data import PAD, PairData, Sequences, load_dataset, load_pairs
+from eval import (TokenClassifier, choose, print_grades, save_grids, score_translations, sources_of,
+                  translate_split)
 
 Data = Sequences | PairData
 
@@ -99,34 +99,27 @@ class Config(common.RunConfig):
     heads: int = arg(8, "attention heads", 1, 1000, **_NET)
     ffn: int = arg(1024, "translation: width of the MLPs (else 4 x dim)", 8, 10**6, **_NET)
     dropout: float = arg(0.1, "dropout", 0, 0.99, **_NET)
-    init_std: float = arg(0.02, "initial linear weights, except of text; 0: fan-in^-1/2", 0, 10,
-                          **_NET)
+    init_std: float = arg(0.02, "initial linear weights, not text's; 0: fan-in^-1/2", 0, 10, **_NET)
     # unreported for images; this is VQ-Diffusion's
     steps: int = free(273_000, "training steps", 1, 10**9, **_OPT)
     batch_size: int = arg(128, "samples per step, over all devices", 1, 10**7, **_OPT)
     micro_batch: int = free(128, "most samples one device takes at once", 1, 10**7, **_OPT)
-    batch_tokens: int = arg(8192, "translation: tokens of the sentences that make up a step", 8,
-                            10**8, **_OPT)
-    micro_tokens: int = free(32_768, "translation: most tokens one device takes at once", 1, 10**9,
-                             **_OPT)
+    batch_tokens: int = arg(8192, "translation: tokens of a step's sentences", 8, 10**8, **_OPT)
+    micro_tokens: int = free(32_768, "translation: most tokens on a device", 1, 10**9, **_OPT)
     lr: float = arg(4.5e-4, "learning rate", 0, 10, **_OPT)
     lr_schedule: str = arg("constant", "after warm-up",
                            choices=("constant", "cosine", "inverse_sqrt"), **_OPT)
     warmup: int = arg(1000, "warm-up steps", 0, 10**9, **_OPT)
     beta2: float = arg(0.96, "AdamW beta2 (beta1 is .9)", 0, 0.999999, **_OPT)
     weight_decay: float = arg(0.045, "AdamW weight decay, not of embeddings", 0, 10, **_OPT)
-    ema: float = arg(0.9999, "EMA decay of the weights that sample", 0, 1, **_OPT)
     samples: int = free(64, "samples to draw, or sentences to translate", 1, 10**7, **_SAMPLE)
-    sample_steps: int = free(200, "sampling steps N; one more call draws the tokens", 1, 10**6,
-                             **_SAMPLE)
+    sample_steps: int = free(200, "steps N; one more call draws the tokens", 1, 10**6, **_SAMPLE)
     sampler: str = free("ancestral", "ancestral (Algorithm 2) or ddim",
                         choices=("ancestral", "ddim"), **_SAMPLE)
-    argmax: bool = free(False, "take the most probable tokens at the end, do not draw them",
-                        **_SAMPLE)
+    argmax: bool = free(False, "at the end the most probable tokens, not drawn ones", **_SAMPLE)
     guidance: float = free(1.0, "omega of Eq. 4, for samples of a class", 0, 1000, **_SAMPLE)
     label: str = free("", "only samples of this class", **_SAMPLE)
-    length_beam: int = free(3, "translation: lengths tried, around the predicted one", 1, 256,
-                            **_SAMPLE)
+    length_beam: int = free(3, "translation: lengths around the predicted one", 1, 256, **_SAMPLE)
     noise_beam: int = free(3, "translation: noises tried for each length", 1, 10**4, **_SAMPLE)
     source: str = free("", "translate this text, or each line of this file", **_SAMPLE)
     sample_batch: int = free(64, "samples drawn at once", 1, 10**6, **_SAMPLE)
@@ -152,17 +145,16 @@ IMAGES = ("glyphs", "glyphs36", "mnist", "ffhq", "lsun", "imagenet")
 PAIRS = ("numbers", "multi30k", "iwslt14", "wmt14")
 _SMALL_TEXT = dict(embed_dim=128, dim=384, depth=6, heads=6, batch_size=64, micro_batch=64,
                    steps=20_000, lr=1e-3, warmup=500, beta2=0.99, weight_decay=0.0, samples=4)
-_PAIRS = dict(embed_dim=128, ffn=1024, depth=6, heads=4, dropout=0.3,
-              steps=300_000, lr=5e-4, lr_schedule="inverse_sqrt", warmup=10_000, beta2=0.98,
-              weight_decay=0.01, ema=0.999, sample_steps=20, samples=4, sample_batch=64)
+_PAIRS = dict(embed_dim=128, ffn=1024, depth=6, heads=4, dropout=0.3, steps=300_000, lr=5e-4,
+              lr_schedule="inverse_sqrt", warmup=10_000, beta2=0.98, weight_decay=0.01, ema=0.999,
+              sample_steps=20, samples=4)
 PRESETS: dict[str, dict] = {
     # one CPU core, three minutes; a short run needs a young teacher
     "glyphs": dict(embed_dim=32, embed_init="variance", dim=96, depth=3, heads=4, dropout=0.0,
-                   init_std=0.0, teacher=0.9, shift=-1.5, drop=0.1, recon_share=0.25,
-                   batch_size=32, micro_batch=32, steps=2300, lr=3e-3, warmup=50,
-                   lr_schedule="cosine", beta2=0.99, weight_decay=0.0, ema=0.99, samples=128,
-                   sample_steps=20, sample_batch=128, log_every=20, save_every=500,
-                   eval_sequences=500),
+                   init_std=0.0, teacher=0.9, shift=-1.5, drop=0.1, recon_share=0.25, batch_size=32,
+                   micro_batch=32, steps=2300, lr=3e-3, warmup=50, lr_schedule="cosine", beta2=0.99,
+                   weight_decay=0.0, ema=0.99, samples=128, sample_steps=20, sample_batch=128,
+                   log_every=20, save_every=500, eval_sequences=500),
     "mnist": dict(dim=256, depth=6, init_std=0.0, batch_size=256, micro_batch=256, steps=20_000,
                   lr=1e-3, lr_schedule="cosine", beta2=0.99, weight_decay=0.0, ema=0.999,
                   sample_steps=50, samples=160, sample_batch=512),
@@ -192,7 +184,7 @@ PRESETS: dict[str, dict] = {
                               lr_schedule="cosine"),
     "iwslt14": _PAIRS | dict(lower=True),
     "wmt14": _PAIRS | dict(vocab=40_000, ffn=2048, heads=8, dropout=0.1, batch_tokens=65_536,
-                          sample_batch=16),
+                           sample_batch=16),
 }
 PRESETS["glyphs36"] = PRESETS["glyphs"]
 
@@ -205,10 +197,8 @@ LOGSNR = 15.0  # the unshifted log-SNR is clamped to +- this
 
 def logsnr(t: Tensor, shift: float) -> Tensor:
     """log(a_t^2 / sigma_t^2) of section 4.3 in float64: -2 ln tan(pi t / 2), clamped, plus shift.
-
-    Shifting divides the SNR by e^-s at every t. Difformer's variance-preserving rescaling (its
-    Eq. 8) divides it by F^2: the same with s = -2 ln F, so its DGS is a rule for choosing s.
-    """
+    Difformer's variance-preserving rescaling (its Eq. 8) divides the SNR by F^2: the same with s =
+    -2 ln F, so its DGS is a rule for choosing s."""
     return (-2 * torch.log(torch.tan(math.pi / 2 * t.double()))).clamp(-LOGSNR, LOGSNR) + shift
 
 
@@ -313,8 +303,12 @@ class Denoiser(nn.Module):
         nn.init.normal_(self.embed.weight, std=D ** (-0.5 if cfg.embed_init == "std" else -0.25))
         if cfg.dropped == "learned" and cfg.objective == "catdm" and cfg.drop > 0:
             self.dropped = nn.Parameter(torch.zeros(D))
-        if cfg.embeddings:
-            self.freeze(np.load(cfg.embeddings))
+        if cfg.embeddings:  # given and never trained: CSDM-dagger of Table 2
+            rows = torch.from_numpy(np.load(cfg.embeddings))
+            if rows.shape != (V, D):
+                raise RunError(f"--embeddings {cfg.embeddings} has shape {tuple(rows.shape)}, this "
+                               f"model needs {(V, D)}")
+            self.embed = nn.Embedding.from_pretrained(rows.float())
 
     def add_network(self) -> None:
         cfg, d = self.cfg, self.cfg.dim
@@ -329,15 +323,6 @@ class Denoiser(nn.Module):
             nn.init.zeros_(block.by_time.weight)
             if self.classes:
                 nn.init.zeros_(block.by_label.weight)
-
-    def freeze(self, rows: np.ndarray) -> None:
-        """Use `rows` (V, D) as embeddings and never train them (CSDM-dagger of Table 2)."""
-        if rows.shape != self.embed.weight.shape:
-            raise RunError(f"--embeddings {self.cfg.embeddings} has shape {rows.shape}, this model "
-                           f"needs {tuple(self.embed.weight.shape)}")
-        with torch.no_grad():
-            self.embed.weight.copy_(torch.from_numpy(rows))
-        self.embed.weight.requires_grad_(False)
 
     def embedding_matrix(self) -> Tensor:
         """The embeddings (V, D) as they enter the diffusion."""
@@ -374,11 +359,9 @@ class CATDM(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, step: int) -> None:
-        """theta-bar <- eta theta-bar + (1 - eta) theta, phi-bar likewise (Eq. 3).
-
-        Paper: eta = .99. Ours is less in the first 900 steps, as in common.EMA: what is learnt at
-        t = 0 reaches t = 1 through several generations of teachers.
-        """
+        """theta-bar <- eta theta-bar + (1 - eta) theta, phi-bar likewise (Eq. 3). Paper: eta = .99.
+        Ours is less in the first 900 steps, as in common.EMA: what is learnt at t = 0 reaches
+        t = 1 through several generations of teachers."""
         eta = min(self.cfg.teacher, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()),
                              1 - eta)
@@ -386,10 +369,8 @@ class CATDM(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None, t: Tensor, u: Tensor, eps: Tensor, eps0: Tensor,
                 not_pad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Algorithm 1, lines 3 to 6: sums (3,) in nats of L_0 and of the rest over tokens, and of
-        the length loss over sentences; and statistics. The arguments are a Batch.
-
-        L_0 is taken at t_0 on the first n = len(eps0) samples. Every term is a sum over D.
-        """
+        the length loss over sentences; and statistics. The arguments are a Batch. L_0 is taken at
+        t_0 on the first n = len(eps0) samples. Every term is a sum over D."""
         cfg, student, (B, L), n = self.cfg, self.student, x.shape, len(eps0)
         drop, (ratio, back, hide) = u[:, :L], u[:, L:].unbind(1)
         t = cfg.t_0 + (1 - cfg.t_0) * t
@@ -412,7 +393,12 @@ class CATDM(nn.Module):
         # would hide their differences from bfloat16.
         L_DM = squared_error(log_p, x, w - w.mean(0))                     # (B, L)
         L_CM = self.consistency(log_p, x, y, z_t, t, back, not_pad)       # (B, L)
-        rest = (self.weighted(L_DM, L_CM, z, t) * not_pad).sum()
+        if cfg.objective == "catdm":
+            rest = cfg.beta_dm * L_DM + cfg.beta_cm * L_CM
+        else:  # Eq. 2's diffusion and prior
+            weight = (1 - cfg.t_0) * diffusion_weight(t, cfg.shift)[:, None]
+            rest = weight.float() * L_DM + prior_kl(z, cfg.shift)
+        rest = (rest * not_pad).sum()
 
         by_token = dict(L_DM=L_DM, L_CM=L_CM, ce=cross_entropy(log_p, x))
         stats = common.by_tenth(t, count=not_pad.sum(1), **{
@@ -447,15 +433,6 @@ class CATDM(nn.Module):
             log_q = teacher(z_s, s, teacher.cond(y, not_pad)[0]).log_softmax(-1)
         return (log_q.exp() * (log_q - log_p)).sum(-1)
 
-    def weighted(self, L_DM: Tensor, L_CM: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """All but L_0 by token (B, L): .005 L_DM + L_CM, or for CSDM the diffusion and prior terms
-        of Eq. 2. z = Psi(x) (B, L, D), t (B,)."""
-        cfg = self.cfg
-        if cfg.objective == "catdm":
-            return cfg.beta_dm * L_DM + cfg.beta_cm * L_CM
-        weight = (1 - cfg.t_0) * diffusion_weight(t, cfg.shift)[:, None]
-        return weight.float() * L_DM + prior_kl(z, cfg.shift)
-
 
 def cross_entropy(log_p: Tensor, x: Tensor) -> Tensor:
     """-log P(x) in nats (...) from log P (..., V)."""
@@ -463,10 +440,8 @@ def cross_entropy(log_p: Tensor, x: Tensor) -> Tensor:
 
 
 def squared_error(log_p: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """|Psi(x) - Psihat|^2 (...), Psihat = sum_k P(k) w_k, from log P (..., V), x (...), w (V, D).
-
-    As |sum_k (P(k) - [k = x]) w_k|^2, which is exact where P is nearly certain.
-    """
+    """|Psi(x) - Psihat|^2 (...), Psihat = sum_k P(k) w_k, from log P (..., V), x (...), w (V, D),
+    as |sum_k (P(k) - [k = x]) w_k|^2, which is exact where P is nearly certain."""
     one_hot = (torch.arange(log_p.shape[-1], device=x.device) == x[..., None]).float()
     return ((log_p.exp() - one_hot) @ w).square().sum(-1)
 
@@ -485,10 +460,8 @@ def prior_kl(z: Tensor, shift: float) -> Tensor:
 
 
 def predict(model: Denoiser, z: Tensor, t: Tensor, cond: tuple, guidance: float = 0.0) -> Tensor:
-    """log P(x | z_t, y; t) (B, L, V), float64, guided as in Eq. 4 and normalised again.
-
-    z (B, L, D), t a scalar or (B,); guidance 0 is the conditional model.
-    """
+    """log P(x | z_t, y; t) (B, L, V), float64, guided as in Eq. 4, normalised again; z (B, L, D),
+    t a scalar or (B,). Guidance 0 is the conditional model."""
     t = t.float().expand(len(z))
     if not model.classes or not guidance:
         return model(z, t, cond).double().log_softmax(-1)
@@ -506,10 +479,8 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """Algorithm 2: yields tokens of `shape` (B, L) after each of steps + 1 calls, the last is the
-    sample. `cond` comes from Denoiser.cond.
-
+    sample, before it the most probable ones. The steps end at t_0. `cond` is of Denoiser.cond.
     ancestral draws z_s from p(z_s | z_t) of Eq. 1; ddim takes the deterministic step below Eq. 3.
-    The steps end at t_0. Before the last call the tokens are the most probable ones.
     """
     shift, w = model.cfg.shift, model.embedding_matrix().double()
     noise = dict(generator=generator, device=w.device)
@@ -540,7 +511,7 @@ BOUND_ENDS = (LOGSNR, 8.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0)
 @torch.no_grad()
 def bound_terms(
     model: Denoiser, x: Tensor, y: Tensor | None, u: Tensor, eps: Tensor, eps0: Tensor,
-    not_pad: Tensor, end: float = LOGSNR, autocast=contextlib.nullcontext,
+    not_pad: Tensor, end: float = LOGSNR,
 ) -> Tensor:
     """One draw of Eq. 2's three terms in nats per token, float64: (B, 3), prior, reconstruction,
     diffusion. Nothing is dropped.
@@ -553,10 +524,9 @@ def bound_terms(
     z = F.embedding(x, w)
     t = t_0 + (1 - t_0) * u.double()
     last = torch.full_like(t, t_0)
-    with autocast():
-        cond, _ = model.cond(y, not_pad)
-        log_p0 = predict(model, add_noise(z, last, eps0, shift).float(), last, cond)
-        log_p = predict(model, add_noise(z, t, eps, shift).float(), t, cond)
+    cond, _ = model.cond(y, not_pad)
+    log_p0 = predict(model, add_noise(z, last, eps0, shift).float(), last, cond)
+    log_p = predict(model, add_noise(z, t, eps, shift).float(), t, cond)
     diffusion = (1 - t_0) * diffusion_weight(t, shift)[:, None] * squared_error(log_p, x, w)
     terms = torch.stack([prior_kl(z, shift), cross_entropy(log_p0, x), diffusion], -1)  # (B, L, 3)
     return (terms * not_pad[..., None]).sum(1) / not_pad.sum(1, keepdim=True)
@@ -564,13 +534,11 @@ def bound_terms(
 
 def likelihoods(
     model: Denoiser, batches: Iterator[tuple[Tensor, Tensor | None]], draws: int, seed: int,
-    pad_id: int | None = None, end: float = LOGSNR, autocast=contextlib.nullcontext,
+    pad_id: int | None = None, end: float = LOGSNR,
 ) -> Tensor:
-    """bound_terms of every sequence and draw: (n, 3), n = sequences x draws.
-
-    Each row's sum is an estimate of a bound on -log p(x), or p(x | y). Times are low-discrepancy
-    across the batch and across a sequence's draws, so the naive standard error is on the safe side.
-    """
+    """bound_terms of every sequence and draw: (sequences x draws, 3). Each row's sum estimates a
+    bound on -log p(x), or p(x | y). Times are low-discrepancy across the batch and across a
+    sequence's draws, so the naive standard error is on the safe side."""
     rows = []
     for number, (x, y) in enumerate(batches):
         B, noise = len(x), dict(device=x.device, generator=torch.Generator(
@@ -580,7 +548,7 @@ def likelihoods(
         for k in range(draws):
             u = common.low_discrepancy_t(k * B + perm, B * draws, shift, 0.0)
             eps, eps0 = torch.randn(2, *x.shape, model.cfg.embed_dim, **noise)
-            rows.append(bound_terms(model, x, y, u, eps, eps0, not_pad, end, autocast))
+            rows.append(bound_terms(model, x, y, u, eps, eps0, not_pad, end))
     return torch.cat(rows)
 
 
@@ -698,40 +666,31 @@ def load(cfg: Config, tokenizer: dict | None = None) -> Data:
                         labels=cfg.labels, synthetic=synthetic)
 
 
-def load_tokens(cfg: Config, data: Data, step: int, ddp: common.DDP
-                ) -> tuple[int, list[tuple[Tensor, np.ndarray, np.ndarray | None]]]:
-    """The size of a step's global batch, and this rank's micro-batches: which of its samples (b,),
-    their ids (b, L) and what is given with them."""
-    if cfg.task != "pairs":
-        parts = common.micro_batches(cfg.batch_size, cfg.micro_batch, ddp)
-        return cfg.batch_size, [(index, *data.train_batch(cfg.seed, step, cfg.batch_size, index))
-                                for index in parts]
-    ids, given = data.train_batch(cfg.seed, step, cfg.batch_tokens)
-    n, room = len(ids), cfg.micro_tokens * ddp.world  # as many sentences as batch_tokens hold
-    parts = min(max(1, n // ddp.world), math.ceil(max(ids.size, given.size) / room))
-    indices = [torch.arange(k * ddp.world + ddp.rank, n, parts * ddp.world) for k in range(parts)]
-    return n, [(index, ids[index], given[index]) for index in indices]
-
-
 def load_batches(cfg: Config, data: Data, step: int, ddp: common.DDP) -> list[Batch]:
-    """This rank's micro-batches of a step, the same samples and noise on any number of ranks.
-
-    Every rank draws the noise of the global batch, 134 MB at most in the presets, and takes its
-    rows: one call of the generator for each sample would take longer than a small step.
-    """
-    n, parts = load_tokens(cfg, data, step, ddp)
+    """This rank's micro-batches of a step, the same samples and noise on any number of ranks: each
+    draws the noise of the global batch, 134 MB at most in the presets, and takes its rows. One
+    call of the generator for each sample would take longer than a small step."""
+    if cfg.task == "pairs":  # as many as cfg.batch_tokens hold
+        x, y = data.train_batch(cfg.seed, step, cfg.batch_tokens)
+        n, room = len(x), cfg.micro_tokens * ddp.world
+        parts = min(max(1, n // ddp.world), math.ceil(max(x.size, y.size) / room))
+        indices = [torch.arange(ddp.rank, n, ddp.world)[k::parts] for k in range(parts)]
+        samples = [(x[index], y[index]) for index in indices]
+    else:
+        n = cfg.batch_size
+        indices = common.micro_batches(n, cfg.micro_batch, ddp)
+        samples = [data.train_batch(cfg.seed, step, n, index) for index in indices]
     shift = np.random.default_rng(common.fold_in(cfg.seed, step, 1)).random()
     noise, L = dict(device=ddp.device, generator=torch.Generator(ddp.device).manual_seed(
-        common.fold_in(cfg.seed, step))), parts[0][1].shape[1]
+        common.fold_in(cfg.seed, step))), samples[0][0].shape[1]
     u, first = torch.rand(n, L + 3, **noise), math.ceil(cfg.recon_share * n)
     eps, eps0 = (torch.randn(k, L, cfg.embed_dim, **noise) for k in (n, first))
     batches = []
-    for index, ids, given in parts:
-        x, rows = ddp.put(ids), ddp.put(index)
+    for index, (x, y) in zip(indices, samples):
+        x, y, rows = map(ddp.put, (x, y, index))
         rows0 = rows[: int((index < first).sum())]  # index ascends
         t = common.low_discrepancy_t(rows, n, shift, t_min=0.0)
-        not_pad = data.not_pad(x)
-        batches.append(Batch(x, ddp.put(given), t, u[rows], eps[rows], eps0[rows0], not_pad))
+        batches.append(Batch(x, y, t, u[rows], eps[rows], eps0[rows0], data.not_pad(x)))
     return batches
 
 
@@ -821,31 +780,24 @@ def eval_batches(cfg: Config, data: Data, split: str, limit: int, ddp: common.DD
     return common.eval_batches(data, split, batch, limit, ddp, show=split == cfg.split)
 
 
-def best_end(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP) -> float:
-    """Where the bound's diffusion ends: --bound_end, or what 128 training sequences tell."""
-    if cfg.bound_end <= LOGSNR:
-        return min(cfg.bound_end, cfg.logsnr_max)
-
-    def bound(end: float) -> float:
-        terms = likelihoods(model, eval_batches(cfg, data, "train", 128, ddp), cfg.eval_draws,
-                            cfg.seed, data.pad_id, end, ddp.autocast)
-        return ddp.sum(terms.sum()).item()
-
-    return min(dict.fromkeys(min(end, cfg.logsnr_max) for end in BOUND_ENDS), key=bound)
-
-
 def evaluate(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP) -> dict[str, dict]:
     """The bound and its parts on cfg.split, in bits per character (byte) or nats per token. For
     pairs also BLEU; in --mode eval for images with classes also grades of cfg.samples."""
-    end = best_end(model, cfg, data, ddp)
-    terms = likelihoods(
-        model, eval_batches(cfg, data, cfg.split, cfg.eval_sequences, ddp), cfg.eval_draws,
-        common.fold_in(cfg.seed, ddp.rank), data.pad_id, end, ddp.autocast)
-    parts = dict(zip(("prior", "reconstruction", "diffusion"), terms.unbind(1)))
+    def terms(split: str, limit: int, seed: int, end: float) -> Tensor:
+        batches = eval_batches(cfg, data, split, limit, ddp)
+        with ddp.autocast():
+            return likelihoods(model, batches, cfg.eval_draws, seed, data.pad_id, end)
+
+    end = min(cfg.bound_end, cfg.logsnr_max)
+    if cfg.bound_end > LOGSNR:  # the best on 128 training sequences
+        end = min(dict.fromkeys(min(end, cfg.logsnr_max) for end in BOUND_ENDS), key=lambda end:
+                  ddp.sum(terms("train", 128, cfg.seed, end).sum()).item())
+    bound = terms(cfg.split, cfg.eval_sequences, common.fold_in(cfg.seed, ddp.rank), end)
+    parts = dict(zip(("prior", "reconstruction", "diffusion"), bound.unbind(1)))
     figures = common.estimates(
-        {"nll_bound": terms.sum(1), **parts}, data, ddp, split=cfg.split, end=end)
+        {"nll_bound": bound.sum(1), **parts}, data, ddp, split=cfg.split, end=end)
     if cfg.task == "pairs" and ddp.is_main:
-        figures |= score_translations(translate_split(model, cfg, data, ddp))
+        figures |= score_translations(translate_split(translate, model, cfg, data, ddp))
     if cfg.mode == "eval" and model.classes and ddp.is_main:
         how = (f"{cfg.samples} samples, {cfg.sample_steps} {cfg.sampler} steps, guidance "
                f"{cfg.guidance:g}")
@@ -854,26 +806,15 @@ def evaluate(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP) -> dict[
     return figures
 
 
-def translate_split(model: Translator, cfg: Config, data: PairData, ddp: common.DDP) -> list[dict]:
-    """Translations of cfg.split with their references, kept in the run folder."""
-    pairs = data.pairs_of(cfg.split, cfg.eval_sequences or None)
-    found = translate(model, [source for source, _ in pairs], data, cfg, ddp)
-    rows = [row | {"reference": target} for row, (_, target) in zip(
-        common.progress(found, "translate", len(pairs)), pairs)]
-    common.write_jsonl(Path(cfg.out) / f"translations-{cfg.split}.jsonl", rows)
-    return rows
-
-
 def draw_samples(model: Denoiser, cfg: Config, data: Sequences, ddp: common.DDP, guidance: float
                  ) -> tuple[Tensor, Tensor | None]:
     """cfg.samples sequences (n, L) on the CPU and their labels (n,), one class after the other.
     Raises RunError if there is no class --label."""
     y = torch.arange(cfg.samples) % model.classes if model.classes else None
     if cfg.label:
-        if not model.classes:
-            raise RunError("--label: this model has no classes")
         if cfg.label not in data.classes:
-            raise RunError(f"--label {cfg.label}: choose one of {', '.join(data.classes)}")
+            raise RunError(f"--label {cfg.label}: " + ("this model has no classes" if y is None else
+                           f"choose one of {', '.join(data.classes)}"))
         y.fill_(data.classes.index(cfg.label))
     generator = torch.Generator(ddp.device).manual_seed(common.fold_in(cfg.seed, 99))
 
@@ -889,65 +830,39 @@ def draw_samples(model: Denoiser, cfg: Config, data: Sequences, ddp: common.DDP,
 
 
 def draw(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP, trained: bool = False) -> dict:
-    """Text: print samples and write samples.jsonl; translations: print; images: draw_images."""
-    if cfg.task == "images":
-        return draw_images(model, cfg, data, ddp, trained)
+    """Text: print samples, which samples.jsonl gets too; translations: print; images: samples.npz
+    and samples.png, of a model just trained on classes at guidance 0, 1 and 2, with grades."""
     if cfg.task == "text":
         common.show_texts(draw_samples(model, cfg, data, ddp, 0.0)[0], data, cfg.out)
         return {}
-    sources = [source for source, _ in data.pairs_of(cfg.split, cfg.samples)]
-    if cfg.source:
-        file = Path(cfg.source)
-        sources = read_lines(file) if len(cfg.source) < 256 and file.is_file() else [cfg.source]
-    for row in translate(model, sources, data, cfg, ddp):
-        print(f"{row['source']}\n  -> {row['text']}")
-    return {}
-
-
-def draw_images(model: Denoiser, cfg: Config, data: Sequences, ddp: common.DDP, trained: bool
-                ) -> dict:
-    """samples.npz and samples.png of the run folder. If the model was just trained on classes: at
-    guidance 0, 1 and 2, with grades."""
+    if cfg.task == "pairs":
+        for row in translate(model, sources_of(cfg, data), data, cfg, ddp):
+            print(f"{row['source']}\n  -> {row['text']}")
+        return {}
     scales = [0.0] if not model.classes else [0.0, 1.0, 2.0] if trained else [cfg.guidance]
-    drawn = {f"guidance {g:g}": draw_samples(model, cfg, data, ddp, g) for g in scales}
-    arrays = {name.replace(" ", ""): x for name, (x, _) in drawn.items()}
-    y, out = drawn[f"guidance {scales[0]:g}"][1], Path(cfg.out)
-    np.savez_compressed(out / "samples.npz", **arrays, **({} if y is None else {"labels": y}))
+    drawn, file = {}, Path(cfg.out) / "samples.png"
+    for g in scales:
+        drawn[f"guidance {g:g}"], y = draw_samples(model, cfg, data, ddp, g)
+    arrays = {name.replace(" ", ""): x for name, x in drawn.items()}
+    np.savez_compressed(file.with_suffix(".npz"), **arrays, **({} if y is None else {"labels": y}))
     if data.pixels is not None:
         columns = model.classes if 1 < model.classes <= 40 and not cfg.label else 16
-        save_grids(out / "samples.png", [data.draw(x) for x in arrays.values()], columns)
-        print(f"{out / 'samples.png'}: " + (f"classes {' '.join(data.classes)}, guidance "
+        save_grids(file, [data.draw(x) for x in drawn.values()], columns)
+        print(f"{file}: " + (f"classes {' '.join(data.classes)}, guidance "
               + ", ".join(f"{g:g}" for g in scales) if model.classes else "samples"))
-    if not trained or y is None:
-        return {"samples": {}}
-    classifier, grades = TokenClassifier(data), {}
-    for name, (x, y) in {"valid": classifier.real, **drawn}.items():
-        grades[name] = classifier.grade(x, y)
-        print(f"{name:11s} a small classifier recognises {grades[name]['recognised']:6.1%}, "
-              f"Fréchet distance {grades[name]['frechet']:.2f}")
-    return {"samples": grades}
-
-
-def save_grids(path: Path, groups: list[np.ndarray], columns: int) -> None:
-    """One picture: the groups of grey images (n, H, W), `columns` in a row, below each other."""
-    from torchvision.utils import make_grid, save_image
-    grids = [make_grid(torch.from_numpy(g)[:, None] / 255, nrow=columns, pad_value=0.5)
-             for g in groups]
-    image = torch.cat([F.pad(g, (0, 0, 0, 8), value=1.0) for g in grids], 1)
-    zoom = max(1, round(800 / image.shape[2]))
-    save_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), path)
+    return {"samples": print_grades(data, drawn, y) if trained and model.classes else {}}
 
 
 @torch.no_grad()
 def probe(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP, times: np.ndarray) -> dict:
     """What `eval.py collapse` asks: how the embeddings of a run lie, and what is left to predict.
 
-    embeddings (V, D); at times (n,) the mean cross_entropy (n,) in nats per token given z_t (Figure
-    1 and 5) of 500 sequences, nothing dropped, with the same noise at all times; signal (n,) and
-    sigma (n,) of z_t; tokens (500 or fewer, L) of the split, None for pairs.
+    cross_entropy is of 500 sequences (Figures 1 and 5), nothing dropped, with the same noise at
+    all times; tokens (500 or fewer, L) are the split's, None for pairs. See eval.collapse.
     """
     t = torch.from_numpy(times).clamp_min(cfg.t_0)  # z stays as it is where the diffusion ends
-    w, tokens, nll, count = model.embedding_matrix().float(), [], np.zeros(len(times)), 0
+    w, tokens = model.embedding_matrix().detach().float(), []
+    nll, count = np.zeros(len(times)), 0
     for number, (x, y) in enumerate(eval_batches(cfg, data, cfg.split, 500, ddp)):
         generator = torch.Generator(x.device).manual_seed(common.fold_in(cfg.seed, 78, number))
         z = F.embedding(x, w)
@@ -962,8 +877,7 @@ def probe(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP, times: np.n
         count += not_pad.sum().item()
         tokens.append(x.cpu())
     signal, sigma = signal_and_noise(t, cfg.shift)
-    return dict(cross_entropy=nll / count, signal=signal, sigma=sigma,
-                embeddings=w.detach().cpu(),
+    return dict(cross_entropy=nll / count, signal=signal, sigma=sigma, embeddings=w.cpu(),
                 tokens=None if cfg.task == "pairs" else torch.cat(tokens))
 
 

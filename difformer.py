@@ -13,7 +13,7 @@ Text Generation", Difformer).
 
   schedule      alpha-bar, and F times more noise     Eq. 3, 8         alpha_bar, Noise
   degeneration  how easy the noise is to see through  Definition 1, 2  degeneration_score
-                on given embeddings                   Algorithm 2      dgs_monte_carlo
+                on given embeddings                   Algorithm 2      eval.dgs_monte_carlo
   factor        the least F that is hard enough       Algorithm 1      search_factor
   loss          squared error + anchor + length       Eq. 1, 2         Difformer.forward
   sampler       K of the T steps, stopped early       section 3.3      sample
@@ -28,7 +28,7 @@ import dataclasses
 import math
 import sys
 import time
-from pathlib import Path
+from collections import deque
 from typing import Iterator, NamedTuple
 
 import numpy as np
@@ -39,8 +39,9 @@ from torch import Tensor
 
 import common
 from common import RunError, arg, free
-from data import PAD, PAIR_SETS, PairData, load_pairs, read_lines
-from eval import anisotropy, choose, score_translations
+from data import PAD, PAIR_SETS, PairData, load_pairs
+from eval import (anisotropy, choose, dgs_monte_carlo, score_translations, sources_of,
+                  translate_split)
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -65,8 +66,7 @@ class Config(common.RunConfig):
     T: int = arg(2000, "diffusion steps", 2, 10**6)
     schedule: str = arg("sqrt", "noise schedule", choices=("linear", "cosine", "sqrt"))
     dgs_max: float = arg(0.15, "degeneration score that the noise may leave", 0.001, 1)
-    factor: float = arg(0.0, "rescaling factor F; 0: search it for dgs_max, 1: no rescaling",
-                        0, 1e4)
+    factor: float = arg(0.0, "rescaling factor F; 0: found for dgs_max, 1: no rescaling", 0, 1e4)
     rescaling: str = arg("plain", "plain (Eq. 3, in training only) or vp (Eq. 8)",
                          choices=("plain", "vp"))
     # Loss
@@ -103,16 +103,12 @@ class Config(common.RunConfig):
     early_stop: int = free(5, "the last so many of the K steps are left out", 0, 10**6, **_SAMPLE)
     length_beam: int = free(3, "b1: lengths tried, around the predicted one", 1, 256, **_SAMPLE)
     noise_beam: int = free(3, "b2: noises tried for each length", 1, 10**4, **_SAMPLE)
-    length: int = free(0, "tokens of the output; 0: as many as the length head predicts", 0, 4096,
-                       **_SAMPLE)
+    length: int = free(0, "tokens of the output; 0: by the length head", 0, 4096, **_SAMPLE)
     clamp: bool = free(False, "round z0-hat to the nearest embedding at each step", **_SAMPLE)
-    sample_batch: int = free(64, "sentences decoded at once (times the beams)", 1, 10**6,
-                             **_SAMPLE)
+    sample_batch: int = free(64, "sentences decoded at once (times beams)", 1, 10**6, **_SAMPLE)
     source: str = free("", "translate this text, or each line of this file", **_SAMPLE)
-    samples: int = free(4, "without --source: how many sentences of the split to translate",
-                        1, 10**7, **_SAMPLE)
-    show_steps: bool = free(False, "show the first candidate's intermediate translations",
-                            **_SAMPLE)
+    samples: int = free(4, "sentences of the split, without --source", 1, 10**7, **_SAMPLE)
+    show_steps: bool = free(False, "show the chosen candidate's intermediate steps", **_SAMPLE)
     mode: str = free("train", "what to do; sample translates, dgs searches F",
                      choices=("train", "sample", "eval", "bench", "dgs"), group="run")
 
@@ -176,9 +172,7 @@ class Noise(nn.Module):
 
     def at(self, index: Tensor, train: bool = False) -> tuple[Tensor, Tensor]:
         """(signal, sigma) (...) at step indices (...) of 0..T-1; index -1 is clean data: (1, 0).
-
-        Eq. 3's F applies in training alone (C.7: in sampling it costs a point of BLEU).
-        """
+        Eq. 3's F applies in training alone (C.7: in sampling it costs a point of BLEU)."""
         clean, scale = index < 0, self.factor if train else 1.0
         return (torch.where(clean, 1.0, self.signal[index]),
                 torch.where(clean, 0.0, scale * self.sigma[index]))
@@ -188,36 +182,11 @@ class Noise(nn.Module):
 # Degeneration: how often the nearest embedding to z_t is the right one
 # ---------------------------------------------------------------------------------------------
 
-GRID = 49  # time steps that DGS averages over; the published factors depend on so coarse a grid
 
-
-def grid(T: int, points: int = GRID) -> Tensor:
-    """Equally spaced step indices of 0..T-1 with both ends, 0 included: (points,)."""
+def grid(T: int, points: int = 49) -> Tensor:
+    """Equally spaced step indices of 0..T-1 with both ends, for DGS' average over time: (points,).
+    The published factors depend on so coarse a grid."""
     return torch.linspace(0, T - 1, points, dtype=torch.float64).round().long()
-
-
-@torch.no_grad()
-def dgs_monte_carlo(
-    signal: Tensor, sigma: Tensor, embeddings: Tensor, draws: int = 1, tokens: int = 1000,
-    seed: int = 0,
-) -> Tensor:
-    """Algorithm 2 on given embeddings (V, d): DGS_t at each signal, sigma (n,) -> (n,).
-
-    The degenerate model (Definition 1) takes the y with the least |z_t - e_y|^2 / d - log softmax(
-    z_t E^T)_y. Only `tokens` of the V serve as z_0, all are candidates.
-    Paper: Definition 1 has |.|^2; the loss in use is a mean over dimensions, hence 1/d. Nearest
-    in L2 alone would give .45/.75/.74 for Table 2's .47/.77/.77.
-    """
-    V, d = embeddings.shape
-    rng = torch.Generator().manual_seed(seed)
-    hits = []
-    for a, s in zip(signal.float(), sigma.float()):
-        y = torch.randperm(V, generator=rng)[:tokens].repeat(draws)        # (n,)
-        z = a * embeddings[y] + s * torch.randn(len(y), d, generator=rng)  # (n, d)
-        # (n, V), up to terms without y
-        loss = embeddings.square().sum(-1) / d - (1 + 2 / d) * z @ embeddings.T
-        hits.append((loss.argmin(-1) == y).double().mean())
-    return torch.stack(hits)
 
 
 def dgs_at(signal: Tensor, sigma: Tensor, V: int, d: int, draws: int = 4096) -> Tensor:
@@ -225,8 +194,8 @@ def dgs_at(signal: Tensor, sigma: Tensor, V: int, d: int, draws: int = 4096) -> 
 
     Given z, a wrong e ~ N(0, I) scores c |z| u - (u^2 + X) / d, with c = 1 + 2/d, u standard normal
     along z and X chi-squared over the other d - 1 directions; the right one scores S. So DGS_t is
-    E P(wrong < S)^(V-1). The expectation over z_0 and noise is taken with the same draws
-    for every t and F, which makes it a smooth function of both.
+    E P(wrong < S)^(V-1). The expectation over z_0 and noise uses the same draws for every t and F,
+    which makes it a smooth function of both.
     """
     rng = np.random.default_rng(0)
     norm2 = torch.from_numpy(rng.chisquare(d, draws))                      # |z_0|^2, (m,)
@@ -239,12 +208,11 @@ def dgs_at(signal: Tensor, sigma: Tensor, V: int, d: int, draws: int = 4096) -> 
     length = ((a * norm2.sqrt() + s * along) ** 2 + s**2 * across).sqrt()  # |z|, (n, m)
     c = 1 + 2 / d
     S = c * (a * norm2 + s * along * norm2.sqrt()) - norm2 / d
-    # A wrong one wins if c |z| u - u^2 / d > S + X / d =: R: if u lies between the two roots.
-    p = torch.zeros_like(S)
-    for x in X:
-        root = (c * length) ** 2 - 4 * (S + x / d) / d
-        low = (c * length - root.clamp_min(0).sqrt()) * d / 2
-        p += torch.special.ndtr(-low) * (root > 0) / len(X)                # the upper is far off
+    # A wrong one wins if c |z| u - u^2 / d > R: if u lies between the two roots.
+    R = S + X[:, None, None] / d                                           # (4, n, m)
+    root = (c * length) ** 2 - 4 * R / d
+    low = (c * length - root.clamp_min(0).sqrt()) * d / 2
+    p = (torch.special.ndtr(-low) * (root > 0)).mean(0)                    # the upper is far off
     return ((V - 1) * torch.log1p(-p.clamp_max(1 - 1e-12))).exp().mean(-1)
 
 
@@ -256,15 +224,12 @@ def degeneration_score(noise: Noise, V: int, d: int, dense: bool = False) -> flo
     return dgs_at(*noise.at(index, train=True), V, d).mean().item()
 
 
-def search_factor(
-    schedule: str, dgs_max: float, V: int, d: int, rescaling: str = "plain", T: int = 2000,
-    dense: bool = False,
-) -> float:
+def search_factor(schedule: str, dgs_max: float, V: int, d: int, rescaling: str = "plain",
+                  T: int = 2000, dense: bool = False) -> float:
     """Algorithm 1: the least F >= 1 whose DGS is at most dgs_max, by bisection.
 
     Paper: Algorithm 1 walks in steps of .5 and returns the first F below, which rounds up; Table
-    19 has the *nearest* multiple of .5. Round the result for the table's figures. Raises RunError
-    if no factor will do.
+    19 has the *nearest* multiple of .5. Round the result for the table's figures.
     """
     def too_easy(factor: float) -> bool:
         return degeneration_score(Noise(schedule, factor, rescaling, T), V, d, dense) > dgs_max
@@ -313,20 +278,16 @@ class Difformer(nn.Module):
             init_std=cfg.init_std, position_std=cfg.embed_std)
         self.embed = nn.Embedding(vocab_size, cfg.embed_dim)
         nn.init.normal_(self.embed.weight, std=cfg.embed_std)
-        if cfg.embeddings:
-            self.freeze(np.load(cfg.embeddings))
+        if cfg.embeddings:  # z_0 is given and never trained
+            rows, wanted = np.load(cfg.embeddings), (vocab_size, cfg.embed_dim)
+            if rows.shape != wanted:
+                raise RunError(f"--embeddings {cfg.embeddings} has shape {rows.shape}, this model "
+                               f"needs {wanted}")
+            weight = torch.tensor(rows) / cfg.embed_dim**0.5
+            self.embed = nn.Embedding.from_pretrained(weight.float())
         self.factor = cfg.factor or round(2 * search_factor(
             cfg.schedule, cfg.dgs_max, vocab_size, cfg.embed_dim, cfg.rescaling, cfg.T)) / 2
         self.noise = Noise(cfg.schedule, self.factor, cfg.rescaling, cfg.T)
-
-    def freeze(self, rows: np.ndarray) -> None:
-        """Use `rows` (V, e) as z_0 and never train them."""
-        if rows.shape != self.embed.weight.shape:
-            raise RunError(f"--embeddings {self.cfg.embeddings} has shape {rows.shape}, this model "
-                           f"needs {tuple(self.embed.weight.shape)}")
-        with torch.no_grad():
-            self.embed.weight.copy_(torch.from_numpy(rows) / self.cfg.embed_dim**0.5)
-        self.embed.weight.requires_grad_(False)
 
     def embedding_matrix(self) -> Tensor:
         """All embeddings (V, e) as they enter the diffusion."""
@@ -350,10 +311,8 @@ class Difformer(nn.Module):
 
     def denoise(self, z_t: Tensor, index: Tensor, previous: Tensor, not_pad: Tensor,
                 memory: Tensor, memory_not_pad: Tensor) -> Tensor:
-        """z0hat (B, N, e) from z_t (B, N, e), step indices (B,) and the previous z0hat.
-
-        not_pad (B, N) is False at padding; memory (B, M, d) are the encoder's states.
-        """
+        """z0hat (B, N, e) from z_t (B, N, e), step indices (B,) and the previous z0hat; not_pad
+        (B, N) is False at padding, memory (B, M, d) are the encoder's states."""
         return self.net.decode(z_t, index / self.cfg.T, previous, not_pad, memory, memory_not_pad)
 
     def losses(self, z0_hat: Tensor, z0: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -403,19 +362,18 @@ def kept_steps(T: int, K: int, early_stop: int) -> list[int]:
 
 
 @torch.no_grad()
-def sample(
-    model: Difformer, memory: Tensor, memory_not_pad: Tensor, not_pad: Tensor, K: int,
-    early_stop: int, clamp: bool = False, generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
+def sample(model: Difformer, memory: Tensor, memory_not_pad: Tensor, not_pad: Tensor, K: int,
+           early_stop: int, clamp: bool = False, generator: torch.Generator | None = None
+           ) -> Iterator[Tensor]:
     """Yields tokens (B, N), PAD where `not_pad` (B, N) is False, after each network call.
 
     The next z is drawn from q(z_s | z_t, z0hat) of the schedule *without* F (C.7), noise at every
     step; the tokens are the argmax of z0hat's logits, never of z_t's. `clamp` rounds z0hat to the
-    nearest embedding. `memory` (B, M, d) are the encoder's states.
+    nearest embedding.
     """
     noise = dict(device=not_pad.device, generator=generator)
-    shape = (*not_pad.shape, model.cfg.embed_dim)
-    z, z0_hat = torch.randn(shape, **noise), torch.zeros(shape, device=not_pad.device)
+    z = torch.randn(*not_pad.shape, model.cfg.embed_dim, **noise)
+    z0_hat = torch.zeros_like(z)
     steps = torch.tensor([*kept_steps(model.cfg.T, K, early_stop), -1], device=not_pad.device)
     steps = steps.split(1)  # (1,) each, since indexing with a number would wait for the device
     for t, s in zip(steps, steps[1:]):
@@ -425,7 +383,7 @@ def sample(
         z0 = model.z0(tokens) if clamp else z0_hat
         mean, variance = common.gaussian_posterior(
             z.double(), z0.double(), *model.noise.at(t), *model.noise.at(s))
-        z = (mean + variance.sqrt() * torch.randn(shape, **noise)).float()
+        z = (mean + variance.sqrt() * torch.randn(z.shape, **noise)).float()
 
 
 def candidate_lengths(length_logits: Tensor, source_lengths: Tensor, cfg: Config) -> Tensor:
@@ -441,9 +399,8 @@ def candidate_lengths(length_logits: Tensor, source_lengths: Tensor, cfg: Config
 
 
 @torch.no_grad()
-def translate(
-    model: Difformer, sources: list[str], data: PairData, cfg: Config, ddp: common.DDP
-) -> Iterator[dict]:
+def translate(model: Difformer, sources: list[str], data: PairData, cfg: Config, ddp: common.DDP
+              ) -> Iterator[dict]:
     """Yields one {"source", "text", "candidates"} per source, in order; an empty line stays empty.
 
     2D parallel decoding: length_beam x noise_beam candidates at once, the best by `choose`. With
@@ -460,13 +417,11 @@ def translate(
             lengths = candidate_lengths(length_logits, memory_not_pad.sum(1), cfg).flatten()
             N = min(-(-int(lengths.max()) // 8) * 8, cfg.max_length)
             not_pad = torch.arange(N, device=ddp.device) < lengths[:, None]  # (b * beams, N)
-            memory, memory_not_pad = (
-                m.repeat_interleave(beams, 0) for m in (memory, memory_not_pad))
-            history = []
-            for tokens in sample(model, memory, memory_not_pad, not_pad, cfg.K, cfg.early_stop,
-                                 cfg.clamp, generator):
-                history = [*history, tokens] if cfg.show_steps else [tokens]
-        for i, (text, several) in enumerate(zip(batch, tokens.view(-1, beams, N).tolist())):
+            calls = sample(model, memory.repeat_interleave(beams, 0),
+                           memory_not_pad.repeat_interleave(beams, 0), not_pad, cfg.K,
+                           cfg.early_stop, cfg.clamp, generator)
+            history = deque(calls, maxlen=None if cfg.show_steps else 1)
+        for i, (text, several) in enumerate(zip(batch, history[-1].view(-1, beams, N).tolist())):
             candidates = [[t for t in c if t != PAD] for c in several]
             best = choose(candidates)
             texts = [data.decode(c[1:]) if text.strip() else "" for c in candidates]
@@ -516,9 +471,8 @@ def load_batches(cfg: Config, data: PairData, step: int, ddp: common.DDP
     parts = min(max(1, n // ddp.world),
                 math.ceil(n * max(x.shape[1], y.shape[1]) / (cfg.micro_tokens * ddp.world)))
     rows = [slice(k * ddp.world + ddp.rank, None, parts * ddp.world) for k in range(parts)]
-    batches = [Batch(ddp.put(x[r]), ddp.put(y[r]), ddp.put(u[r]), eps[r], self_condition)
-               for r in rows]
-    return batches, n, tokens
+    return [Batch(ddp.put(x[r]), ddp.put(y[r]), ddp.put(u[r]), eps[r], self_condition)
+            for r in rows], n, tokens
 
 
 def build(cfg: Config, data: PairData) -> Difformer:
@@ -534,12 +488,11 @@ def compile_parts(model: Difformer, cfg: Config, ddp: common.DDP) -> None:
     """
     model.compiled = tuple(torch.compile(part, dynamic=True)
                            for part in (model.encode, model.denoise, model.losses))
-    M, N = (min(k, cfg.max_length) for k in (24, 16))
     n = max(2, min(cfg.batch_tokens, cfg.micro_tokens) // 24)
-    ones = torch.ones(n, M, dtype=torch.long, device=ddp.device)
-    eps = torch.zeros(n, N, cfg.embed_dim, device=ddp.device)
+    x, y = (torch.ones(n, min(k, cfg.max_length), dtype=torch.long, device=ddp.device)
+            for k in (24, 16))
     with ddp.autocast():
-        loss, *_ = model(ones, ones[:, :N].contiguous(), ones[:, 0] / 2, eps, True)
+        loss, *_ = model(x, y, x[:, 0] / 2, torch.zeros_like(model.z0(y)), True)
     loss.backward()
     model.zero_grad(set_to_none=True)
 
@@ -556,9 +509,8 @@ def train(cfg: Config, ddp: common.DDP, data: PairData) -> common.Run:
         raise RunError(f"--batch_tokens {cfg.batch_tokens} or {data.pairs} pairs are too few for "
                        f"{ddp.world} processes with sentences of {max(data.longest)} tokens")
     model = build(cfg, data).to(ddp.device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8,
-                                  weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], cfg.lr,
+                                  betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     if cfg.compile and ddp.on_cuda:
         compile_parts(model, cfg, ddp)
     ema = common.EMA(model, cfg.ema)
@@ -611,28 +563,20 @@ def evaluate(model: Difformer, cfg: Config, data: PairData, ddp: common.DDP) -> 
     Translating is quick: rank 0 does it, the others return {}."""
     if not ddp.is_main:
         return {}
-    pairs, begin = data.pairs_of(cfg.split, cfg.eval_sequences or None), time.time()
-    found = translate(model, [source for source, _ in pairs], data, cfg, ddp)
-    rows = [row | {"reference": target} for row, (_, target) in zip(
-        common.progress(found, "translate", len(pairs)), pairs)]
+    begin = time.time()
+    rows = translate_split(translate, model, cfg, data, ddp)
     seconds = time.time() - begin
-    common.write_jsonl(Path(cfg.out) / f"translations-{cfg.split}.jsonl", rows)
-    figures = score_translations(rows)
-    figures["speed"] = dict(value=len(rows) / seconds, unit="sentences/s")
-    figures["anisotropy"] = dict(value=anisotropy(model.embed.weight.detach()), unit="ANI")
-    return figures
+    return score_translations(rows) | dict(
+        speed=dict(value=len(rows) / seconds, unit="sentences/s"),
+        anisotropy=dict(value=anisotropy(model.embed.weight.detach()), unit="ANI"))
 
 
 def draw(model: Difformer, cfg: Config, data: PairData, ddp: common.DDP, trained: bool = False
          ) -> dict:
     """Print translations of --source, or of the first cfg.samples sentences of the split; right
     after training with the distinct intermediate ones above each (Table 22)."""
-    sources = [source for source, _ in data.pairs_of(cfg.split, cfg.samples)]
-    if cfg.source:
-        file = Path(cfg.source)
-        sources = read_lines(file) if len(cfg.source) < 256 and file.is_file() else [cfg.source]
     shown = dataclasses.replace(cfg, show_steps=cfg.show_steps or trained)
-    for row in translate(model, sources, data, shown, ddp):
+    for row in translate(model, sources_of(cfg, data), data, shown, ddp):
         print(f"\n{row['source']}")
         steps = row.get("steps", [])
         for i, text in enumerate(steps):
@@ -642,24 +586,21 @@ def draw(model: Difformer, cfg: Config, data: PairData, ddp: common.DDP, trained
     return dict(factor=model.factor)
 
 
-PROBE_SENTENCES = 128
-
-
 @torch.no_grad()
 def probe(model: Difformer, cfg: Config, data: PairData, ddp: common.DDP, times: np.ndarray
           ) -> dict:
     """What `eval.py collapse` asks: how the embeddings of a run lie, and what is left to predict.
 
-    embeddings (V, e) as they enter the diffusion; at times (n,) the mean cross_entropy (n,) in nats
-    per token of the split's first targets given z_t and the source, without self-conditioning or
-    label smoothing, with the same noise at all times; signal (n,) and sigma (n,) of z_t = signal
-    z_0 + sigma eps in training, F included.
+    embeddings (V, e) as they enter the diffusion; at times (n,) signal (n,) and sigma (n,) of z_t =
+    signal z_0 + sigma eps in training, F included, and the mean cross_entropy (n,) in nats per
+    token of the split's first 128 targets given z_t and the source: with the same noise at all
+    times, without self-conditioning or label smoothing.
     """
-    y, x = map(ddp.put, next(data.eval_batches(cfg.split, PROBE_SENTENCES, PROBE_SENTENCES)))
+    y, x = map(ddp.put, next(data.eval_batches(cfg.split, 128, 128)))
     generator = torch.Generator(ddp.device).manual_seed(common.fold_in(cfg.seed, 78))
     z0, not_pad = model.z0(y), y != PAD
     eps = torch.randn(z0.shape, generator=generator, device=ddp.device)
-    steps = torch.from_numpy(times * cfg.T).long().to(ddp.device)
+    steps = ddp.put((times * cfg.T).astype(int))
     signal, sigma = model.noise.at(steps, train=True)
     ce = []
     with ddp.autocast():

@@ -59,11 +59,10 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
-import importlib
 import importlib.util
 import json
 import math
-import operator
+import os
 import re
 import sys
 import textwrap
@@ -71,7 +70,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
-from typing import Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -80,23 +79,26 @@ from torch import Tensor, nn
 
 import common
 from common import RunError
-from data import TOY_BINS, TOY_POINTS, Sequences, load_dataset, tokenise_13a, words
+from data import (TOY_BINS, TOY_POINTS, PairData, Sequences, load_dataset, read_lines,
+                  tokenise_13a, words)
 
 # ---------------------------------------------------------------------------------------------
 # Samples of text
 # ---------------------------------------------------------------------------------------------
 
 
-def entropy(samples: Iterable[Sequence[int]]) -> float:
-    """Mean over samples (ids) of the entropy in nats of the ids' frequencies within a sample."""
-    values = []
-    for ids in samples:
-        _, counts = np.unique(np.asarray(ids), return_counts=True)
-        p = counts / counts.sum()
-        values.append(float(-(p * np.log(p)).sum()))
+def mean(values: Iterable[float]) -> float:
+    """Raises RunError if there are none."""
+    values = list(values)
     if not values:
         raise RunError("there are no samples to score")
     return sum(values) / len(values)
+
+
+def entropy(samples: Iterable[Sequence[int]]) -> float:
+    """Mean over samples (ids) of the entropy in nats of the ids' frequencies within a sample."""
+    counts = (np.unique(np.asarray(ids), return_counts=True)[1] for ids in samples)
+    return mean(histogram_entropy(n / n.sum()) for n in counts)
 
 
 def spelled(texts: Iterable[str], vocabulary: set[str]) -> float | None:
@@ -104,48 +106,35 @@ def spelled(texts: Iterable[str], vocabulary: set[str]) -> float | None:
 
     Edges are cut mid-word, so what touches either end of a sample is left out.
     """
-    good = total = 0
-    for text in texts:
-        whole = [w for w in text.replace("\n", " ").split(" ")[1:-1] if w]
-        good += sum(w in vocabulary for w in whole)
-        total += len(whole)
-    return good / total if total else None
+    whole = [word for text in texts for word in text.replace("\n", " ").split(" ")[1:-1] if word]
+    return sum(word in vocabulary for word in whole) / len(whole) if whole else None
 
 
 def parses(texts: Iterable[str]) -> float:
     """Share of texts whose whole lines (first and last dropped) parse as Python, dedented."""
-    results = []
-    for text in texts:
-        lines = text.split("\n")[1:-1]
-        body = textwrap.dedent("\n".join(lines))
+    def good(text: str) -> bool:
+        body = textwrap.dedent("\n".join(text.split("\n")[1:-1]))
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes and the like
-                ast.parse(body)
-            results.append(bool(body.strip()))
+            ast.parse(body)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            results.append(False)
-    if not results:
-        raise RunError("there are no samples to score")
-    return sum(results) / len(results)
+            return False
+        return bool(body.strip())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes and the like
+        return mean(map(good, texts))
 
 
-def score_samples(rows: list[dict], data: Sequences) -> dict:
-    """All sample metrics that make sense for `data`; rows have "text" and perhaps "ids"."""
+def sample_columns(rows: list[dict], data: Sequences) -> dict[str, str]:
+    """The metrics that make sense for `data`, as columns; rows have "text" and perhaps "ids"."""
     texts = [row["text"] for row in rows]
     ids = [row["ids"] if "ids" in row else data.encode(row["text"]) for row in rows]
-    out = {"samples": len(rows), "entropy_nats": entropy(ids)}
-    if data.unit == "char":
-        out["spelled"] = spelled(texts, words(data))
+    columns = {"samples": str(len(rows)), "entropy, nats": f"{entropy(ids):.4f}"}
+    if data.unit == "char" and (share := spelled(texts, words(data))) is not None:
+        columns["spelled"] = f"{share:.1%}"
     if data.name == "pycode":
-        out["parses"] = parses(texts)
-    return out
-
-
-def score_data(data: Sequences, split: str, count: int = 256) -> dict:
-    """The same metrics on `count` windows of real text."""
-    rows = [row for batch in data.eval_batches(split, 64, limit=count) for row in batch.ids]
-    return score_samples([dict(text=data.decode(row), ids=row) for row in rows], data)
+        columns["parses"] = f"{parses(texts):.1%}"
+    return columns
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,70 +142,72 @@ def score_data(data: Sequences, split: str, count: int = 256) -> dict:
 # ---------------------------------------------------------------------------------------------
 
 
-def ngrams(words: Sequence) -> list[Counter]:
+@functools.lru_cache(1024)  # `choose` compares each candidate with all others
+def ngrams(tokens: tuple) -> list[Counter]:
     """Counts of the 1-, 2-, 3- and 4-grams."""
-    return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, 5)]
+    return [Counter(zip(*(tokens[i:] for i in range(n)))) for n in range(1, 5)]
 
 
-def bleu_of_counts(hits: list[int], totals: list[int], length: int, reference_length: int,
-                   smooth: bool = False) -> float:
-    """BLEU-4 in [0, 1] (Papineni et al. 2002) from the n-grams that match and all, n = 1..4.
+def bleu(hypotheses: Sequence[Sequence], references: Sequence[Sequence[Sequence]],
+         smooth: bool = False) -> float:
+    """Corpus BLEU-4 in [0, 1] (Papineni et al. 2002) of token lists with one or more references.
 
     `smooth` adds one to both counts of n > 1 (Lin and Och 2004): for single sentences, which
     often share no 4-gram with their reference.
     """
-    if smooth:
-        hits, totals = ([x[0], *(n + 1 for n in x[1:])] for x in (hits, totals))
+    hits, totals = ([0, *[int(smooth)] * 3] for _ in range(2))  # n-grams that match, and all
+    length = reference_length = 0
+    for hypothesis, several in zip(hypotheses, references, strict=True):
+        length += len(hypothesis)
+        reference_length += min((abs(len(r) - len(hypothesis)), len(r)) for r in several)[1]
+        counts = (ngrams(tuple(tokens)) for tokens in (hypothesis, *several))
+        for n, (found, *known) in enumerate(zip(*counts)):
+            most = functools.reduce(Counter.__or__, known)  # of each n-gram, in any one reference
+            hits[n] += sum(min(count, most[gram]) for gram, count in found.items())
+            totals[n] += found.total()
     if not min(hits):
         return 0.0
     brevity = min(0.0, 1 - reference_length / length)
     return math.exp(brevity + sum(math.log(h / t) for h, t in zip(hits, totals)) / 4)
 
 
-def bleu(hypotheses: Sequence[Sequence], references: Sequence[Sequence[Sequence]],
-         smooth: bool = False) -> float:
-    """Corpus BLEU-4 in [0, 1] of token lists; each has one or more references."""
-    hits, totals, length, reference_length = [0] * 4, [0] * 4, 0, 0
-    for hypothesis, several in zip(hypotheses, references, strict=True):
-        length += len(hypothesis)
-        reference_length += min((abs(len(r) - len(hypothesis)), len(r)) for r in several)[1]
-        for n, (found, *known) in enumerate(zip(*map(ngrams, [hypothesis, *several]))):
-            most = functools.reduce(operator.or_, known)  # of each n-gram, in any one reference
-            hits[n] += (found & most).total()
-            totals[n] += found.total()
-    return bleu_of_counts(hits, totals, length, reference_length, smooth)
+def translate_split(translate: Callable[..., Iterable[dict]], model: nn.Module, cfg: Any,
+                    data: PairData, ddp: common.DDP) -> list[dict]:
+    """What a script's `translate` makes of cfg.split, with references; kept in the run folder."""
+    pairs = data.pairs_of(cfg.split, cfg.eval_sequences or None)
+    found = translate(model, [source for source, _ in pairs], data, cfg, ddp)
+    rows = [row | {"reference": target} for row, (_, target) in zip(
+        common.progress(found, "translate", len(pairs)), pairs)]
+    common.write_jsonl(Path(cfg.out) / f"translations-{cfg.split}.jsonl", rows)
+    return rows
 
 
-def score_translations(rows: Sequence[dict]) -> dict[str, dict]:
-    """Figures of {"text", "reference"} rows that training reports: exact matches and corpus BLEU,
-    lower-cased and tokenised. `translation_figures` has more. Raises RunError without rows."""
-    if not rows:
-        raise RunError("there are no translations to score")
-    texts, references = ([tokenise_13a(row[k].lower()) for row in rows]
-                         for k in ("text", "reference"))
-    p = sum(row["text"] == row["reference"] for row in rows) / len(rows)
-    return {
-        "exact": dict(value=100 * p, unit="%", stderr=100 * math.sqrt(p * (1 - p) / len(rows))),
-        "bleu": dict(value=100 * bleu(texts, [[r] for r in references]), unit="lower case, 13a")}
+def sources_of(cfg: Any, data: PairData) -> list[str]:
+    """What --mode sample translates: --source, or the first cfg.samples sentences of the split."""
+    if not cfg.source:
+        return [source for source, _ in data.pairs_of(cfg.split, cfg.samples)]
+    return read_lines(Path(cfg.source)) if os.path.isfile(cfg.source) else [cfg.source]
 
 
 def choose(candidates: Sequence[Sequence[int]]) -> int:
     """Minimum Bayes risk: which candidate (token ids) has the best mean sentence BLEU with the
     others. Difformer's paper: or by an autoregressive model's likelihood, as its published
     scripts do."""
-    several = Counter(map(tuple, candidates))
-    if len(several) == 1:
-        return 0
-    counts = {c: ngrams(c) for c in several}
+    candidates = [tuple(c) for c in candidates]
+    several = Counter(candidates)  # each counts itself too, which adds the same to all
+    value = {c: sum(n * bleu([c], [[o]], smooth=True) for o, n in several.items()) for c in several}
+    return candidates.index(max(value, key=value.get))
 
-    def similar(c: tuple, o: tuple) -> float:
-        hits = [sum(min(k, b[g]) for g, k in a.items()) for a, b in zip(counts[c], counts[o])]
-        totals = [max(0, len(c) - n) for n in range(4)]
-        return bleu_of_counts(hits, totals, len(c), len(o), smooth=True)
 
-    # Each counts itself too, which adds the same to all.
-    value = {c: sum(n * similar(c, o) for o, n in several.items()) for c in several}
-    return list(map(tuple, candidates)).index(max(value, key=value.get))
+def score_translations(rows: Sequence[dict]) -> dict[str, dict]:
+    """Figures of {"text", "reference"} rows that training reports: exact matches and corpus BLEU,
+    lower-cased and tokenised. `translation_figures` has more."""
+    p = mean(row["text"] == row["reference"] for row in rows)
+    texts, references = ([tokenise_13a(row[k].lower()) for row in rows]
+                         for k in ("text", "reference"))
+    return {
+        "exact": dict(value=100 * p, unit="%", stderr=100 * math.sqrt(p * (1 - p) / len(rows))),
+        "bleu": dict(value=100 * bleu(texts, [[r] for r in references]), unit="lower case, 13a")}
 
 
 def sacrebleu(rows: list[dict]) -> dict[str, dict]:
@@ -243,16 +234,16 @@ def common_subsequence(a: Sequence, b: Sequence) -> int:
 def rouge(hypothesis: str, reference: str) -> tuple[float, float, float]:
     """F-measures of ROUGE-1, -2, -L (Lin 2004) in [0, 1]; words are runs of letters and digits in
     lower case, not stemmed."""
-    a, b = (re.findall(r"\w+", text.lower()) for text in (hypothesis, reference))
+    a, b = (tuple(re.findall(r"\w+", text.lower())) for text in (hypothesis, reference))
     hits = [(x & y).total() for x, y in zip(ngrams(a)[:2], ngrams(b)[:2])]
-    totals = [len(a) + len(b), len(a) + len(b) - 2]  # of both sides
-    hits, totals = [*hits, common_subsequence(a, b)], [*totals, totals[0]]
-    return tuple(2 * h / t if h else 0.0 for h, t in zip(hits, totals))
+    both = len(a) + len(b)  # words; each side has one pair fewer
+    return tuple(2 * h / total if h else 0.0 for h, total in zip(
+        [*hits, common_subsequence(a, b)], [both, both - 2, both]))
 
 
-def diversity(candidates: Sequence[str], n: int = 4) -> float | None:
-    """div-4: the share of distinct n-grams among all in one source's candidates (DiffuSeq)."""
-    found = sum((ngrams(text.split())[n - 1] for text in candidates), Counter())
+def diversity(candidates: Sequence[str]) -> float | None:
+    """div-4: the share of distinct 4-grams among all in one source's candidates (DiffuSeq)."""
+    found = sum((ngrams(tuple(text.split()))[3] for text in candidates), Counter())
     return len(found) / found.total() if found else None
 
 
@@ -289,11 +280,11 @@ def translation_figures(rows: list[dict], extra: Sequence[str] = ()) -> dict[str
     """All figures of {"text", "reference"[, "source", "candidates"]} rows."""
     figures = score_translations(rows) | sacrebleu(rows)
     means = np.mean([rouge(row["text"], row["reference"]) for row in rows], 0)
-    for name, value in zip("12L", means):
-        figures[f"rouge{name}"] = dict(value=100 * float(value), unit="F1")
+    figures |= {f"rouge{name}": dict(value=100 * float(value), unit="F1")
+                for name, value in zip("12L", means)}
     values = [diversity(row["candidates"]) for row in rows if len(row.get("candidates", ())) > 1]
     if values := [value for value in values if value is not None]:
-        figures["div4"] = dict(value=sum(values) / len(values), unit="per source")
+        figures["div4"] = dict(value=mean(values), unit="per source")
     for name in extra:
         figures |= EXTRA[name](rows)
     return figures
@@ -308,8 +299,7 @@ TOY_STEPS = (1, 5, 10, 20)  # VADD's Table 1 and Figure 6
 
 def histogram(ids: np.ndarray) -> np.ndarray:
     """Points (n, 2) of bins -> frequencies (100, 100), float64."""
-    cell = ids[:, 0].astype(np.int64) * TOY_BINS + ids[:, 1]
-    counts = np.bincount(cell, minlength=TOY_BINS**2)
+    counts = np.bincount(ids @ np.array([TOY_BINS, 1]), minlength=TOY_BINS**2)
     return counts.reshape(TOY_BINS, TOY_BINS) / len(ids)
 
 
@@ -338,13 +328,11 @@ def perfect_mdm(p: np.ndarray, steps: int) -> np.ndarray:
     With probability 1/steps both positions are revealed in one step, each from its own marginal;
     else the second one is drawn given the first, and the pair is right.
     """
-    product = np.outer(p.sum(1), p.sum(0))
-    return product / steps + p * (1 - 1 / steps)
+    return np.outer(p.sum(1), p.sum(0)) / steps + p * (1 - 1 / steps)
 
 
-def toy_rows(
-    data: Sequences, own: dict[int, np.ndarray], name: str, n: int
-) -> tuple[dict[str, dict], list[np.ndarray]]:
+def toy_rows(data: Sequences, own: dict[int, np.ndarray], name: str, n: int
+             ) -> tuple[dict[str, dict], list[np.ndarray]]:
     """Divergences from the training points' histogram, and three histograms to look at.
 
     `own` are histograms of n samples by the number of steps. Row "data" is the valid split: what
@@ -352,24 +340,29 @@ def toy_rows(
     draws of `perfect_mdm`. The histograms: data, mdlm at best, own, for the first number of steps.
     """
     p, rng = histogram(data.splits["train"]), np.random.default_rng(0)
-    fresh = histogram(data.splits["valid"])
     best = {T: rng.multinomial(n, perfect_mdm(p, T).ravel()).reshape(p.shape) / n for T in own}
-    rows = {row: {T: {"jeffreys_1e-6": jeffreys(p, q[T]), "js": jensen_shannon(p, q[T])}
-                  for T in own}
-            for row, q in {"data": dict.fromkeys(own, fresh), "mdlm at best": best,
-                           name: own}.items()}
+    sources = {"data": dict.fromkeys(own, histogram(data.splits["valid"])), "mdlm at best": best,
+               name: own}
+    rows = {source: {T: {"jeffreys_1e-6": jeffreys(p, q), "js": jensen_shannon(p, q)}
+                     for T, q in histograms.items()} for source, histograms in sources.items()}
     first = next(iter(own))
     return rows, [p, best[first], own[first]]
 
 
 def toy_table(rows: dict[str, dict]) -> str:
     """`toy_rows` as lines of text."""
-    steps = list(next(iter(rows.values())))
+    steps = next(iter(rows.values()))
     lines = ["jeffreys_1e-6 (JS) in nats, by sampling steps:",
-             f"{'':15s}" + "".join(f"{T:>16}" for T in steps)]
+             " " * 15 + "".join(f"{T:>16}" for T in steps)]
     lines += [f"{name:15s}" + "".join(f"{v['jeffreys_1e-6']:8.3f} ({v['js']:.3f})"
                                       for v in row.values()) for name, row in rows.items()]
     return "\n".join(lines)
+
+
+def toy_columns(row: dict[int, dict]) -> dict[str, str]:
+    """A row of `toy_rows` as columns of the table of runs."""
+    return {f"{name}, T = {T}": f"{value:.3f}" for T, values in row.items()
+            for name, value in values.items()}
 
 
 def save_histograms(path: Path, rows: list[list[np.ndarray]]) -> None:
@@ -378,8 +371,31 @@ def save_histograms(path: Path, rows: list[list[np.ndarray]]) -> None:
     shades = [1 - torch.from_numpy(p / np.quantile(p[p > 0], 0.99)).clamp(0, 1).T.flip(0)
               for row in rows for p in row]
     image = torch.stack(shades)[:, None].float()                      # (n, 1, 100, 100)
-    image = image.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    image = image.repeat_interleave(3, 2).repeat_interleave(3, 3)     # (n, 1, 300, 300)
     save_image(image, path, nrow=len(rows[0]), padding=8, pad_value=0.5)
+
+
+def show_toys(data: Sequences, own: dict[int, np.ndarray], name: str, n: int, folder: Path
+              ) -> dict[str, dict]:
+    """Print and return the rows of `toy_rows`; write histograms.npz and samples.png to a folder."""
+    rows, pictures = toy_rows(data, own, name, n)
+    np.savez_compressed(folder / "histograms.npz",
+                        **{str(T): p.astype(np.float32) for T, p in own.items()})
+    save_histograms(folder / "samples.png", [pictures])
+    first = next(iter(own))
+    print(f"{toy_table(rows)}\n{folder / 'samples.png'}: data, MDLM at best, {name}; {first} step"
+          f"{'s' if first > 1 else ''}")
+    return rows
+
+
+def save_grids(path: Path, groups: list[np.ndarray], columns: int) -> None:
+    """A picture of groups of grey images (n, H, W), `columns` in a row, below each other."""
+    from torchvision.utils import make_grid, save_image
+    grids = [make_grid(torch.from_numpy(g)[:, None] / 255, nrow=columns, pad_value=0.5)
+             for g in groups]
+    image = torch.cat([F.pad(g, (0, 0, 0, 8), value=1.0) for g in grids], 1)
+    zoom = max(1, round(800 / image.shape[2]))
+    save_image(image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -399,14 +415,14 @@ class TokenClassifier:
                      torch.from_numpy(data.labels["valid"]))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.embed, self.head = nn.Embedding(data.vocab_size, 32), nn.Linear(
-                64, len(data.classes))
+            self.embed = nn.Embedding(data.vocab_size, 32)
+            self.head = nn.Linear(64, len(data.classes))
             self.net = nn.Sequential(
                 nn.Unflatten(2, (rows, columns)), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
                 nn.Conv2d(64, 64, 3, 2, padding=1), nn.ReLU(), nn.Flatten(),
                 nn.Linear(64 * ((rows + 1) // 2) * ((columns + 1) // 2), 64), nn.ReLU())
-            parts = [self.embed, self.net, self.head]
-            optimizer = torch.optim.Adam([p for m in parts for p in m.parameters()], 2e-3)
+            parts = nn.ModuleList([self.embed, self.net, self.head])
+            optimizer = torch.optim.Adam(parts.parameters(), 2e-3)
             for step in range(self.steps):
                 x, y = data.train_batch(0, step, self.batch, range(self.batch))
                 logits = self.head(self.features(torch.from_numpy(x)))
@@ -430,10 +446,21 @@ class TokenClassifier:
         their features to the valid split's (FID with this network; it grows as n falls)."""
         h, real = self.all_features(x), self.real_features
         right = (self.head(h.float()).argmax(-1) == y).double().mean().item()
-        mean = (h.mean(0) - real.mean(0)).square().sum()
+        shift = (h.mean(0) - real.mean(0)).square().sum()
         a, b = h.T.cov(), real.T.cov()
         root = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()  # tr (a b)^1/2
-        return dict(recognised=right, frechet=(mean + a.trace() + b.trace() - 2 * root).item())
+        return dict(recognised=right, frechet=(shift + a.trace() + b.trace() - 2 * root).item())
+
+
+def print_grades(data: Sequences, samples: dict[str, Tensor], y: Tensor) -> dict[str, dict]:
+    """`TokenClassifier.grade` of sets of samples of classes y, by name, and of the valid split."""
+    classifier = TokenClassifier(data)
+    grades = {"valid": classifier.grade(*classifier.real)}
+    grades |= {name: classifier.grade(x, y) for name, x in samples.items()}
+    for name, grade in grades.items():
+        print(f"{name:11s} a small classifier recognises {grade['recognised']:6.1%}, "
+              f"Fréchet distance {grade['frechet']:.2f}")
+    return grades
 
 
 # ---------------------------------------------------------------------------------------------
@@ -444,8 +471,7 @@ PROBE_TIMES = (np.arange(25) + 0.5) / 25  # where `collapse` asks each script's 
 
 
 def anisotropy(embeddings: Tensor) -> float:
-    """ANI (Difformer 3.1): mean cosine of two different embeddings of (V, D); 1 is a collapsed
-    space."""
+    """ANI (Difformer 3.1): mean cosine of two different embeddings of (V, D)."""
     unit = F.normalize(embeddings.double(), dim=-1)
     V = len(unit)
     return ((unit.sum(0).square().sum() - V) / (V * (V - 1))).item()
@@ -494,13 +520,36 @@ def time_to_half(times: Tensor, values: Tensor) -> float:
     return (times[k - 1] + part * (times[k] - times[k - 1])).item()
 
 
+@torch.no_grad()
+def dgs_monte_carlo(
+    signal: Tensor, sigma: Tensor, embeddings: Tensor, draws: int = 1, tokens: int = 1000,
+    seed: int = 0,
+) -> Tensor:
+    """Difformer's Algorithm 2 on given embeddings (V, d): DGS_t at each signal, sigma (n,) -> (n,).
+
+    The degenerate model (Definition 1) takes the y with the least |z_t - e_y|^2 / d - log softmax(
+    z_t E^T)_y. Only `tokens` of the V serve as z_0, all are candidates.
+    Paper: Definition 1 has |.|^2; the loss in use is a mean over dimensions, hence 1/d. Nearest
+    in L2 alone would give .45/.75/.74 for Table 2's .47/.77/.77.
+    """
+    V, d = embeddings.shape
+    rng = torch.Generator().manual_seed(seed)
+    hits = []
+    for a, s in zip(signal.float(), sigma.float()):
+        y = torch.randperm(V, generator=rng)[:tokens].repeat(draws)        # (n,)
+        z = a * embeddings[y] + s * torch.randn(len(y), d, generator=rng)  # (n, d)
+        # (n, V), up to terms without y
+        loss = embeddings.square().sum(-1) / d - (1 + 2 / d) * z @ embeddings.T
+        hits.append((loss.argmin(-1) == y).double().mean())
+    return torch.stack(hits)
+
+
 def collapse(times: np.ndarray, probe: dict) -> dict:
     """{"figures" for the table, "curves" for the pictures} of what a script's `probe` found.
 
     At times (n,): cross_entropy (n,) in nats, signal (n,) and sigma (n,) of z_t = signal z_0 +
     sigma eps; embeddings (V, D); tokens (m, L), or None where sequences vary in length.
     """
-    from difformer import dgs_monte_carlo  # its paper's Algorithm 2
     embeddings, ce, signal, sigma = (
         torch.as_tensor(probe[key]).detach().double().cpu()
         for key in ("embeddings", "cross_entropy", "signal", "sigma"))
@@ -515,23 +564,22 @@ def collapse(times: np.ndarray, probe: dict) -> dict:
     curves = dict(axes=axes, norms=norms.sort(descending=True).values, times=times, ce=ce, dgs=dgs,
                   distances=distances(embeddings))
     if probe.get("tokens") is not None:
-        variances = latent_variances(embeddings, torch.as_tensor(probe["tokens"]).cpu().long())
+        curves["variances"] = variances = latent_variances(
+            embeddings, torch.as_tensor(probe["tokens"]).cpu().long())
         figures |= dict(variance_median=variances.median().item(),
                         variance_largest=variances[0].item())
-        curves["variances"] = variances
     return dict(figures=figures, curves=curves)
 
 
-def collapse_row(run: str, method: str, f: dict) -> dict:
-    """One line of the table of `collapse`, from its figures."""
-    row = {"run": run, "method": method, "V x D": f"{f['V']} x {f['D']}",
-           "norm": f"{f['norm']:.3f}", "ANI": f"{f['ani']:.3f}", "spread": f"{f['spread']:.3f}",
-           "effective rank": f"{f['effective_rank']:.1f}"}
-    if "variance_median" in f:
-        row["variance of EMB(x): median, largest"] = (f"{f['variance_median']:.2e}, "
-                                                      f"{f['variance_largest']:.2e}")
-    return row | {"DGS": f"{f['dgs']:.3f}", "CE, nats": f"{f['ce_mean']:.3f}",
-                  "t at half CE": f"{f['ce_half_time']:.3f}"}
+def collapse_columns(f: dict) -> dict[str, str]:
+    """Figures of `collapse` as columns of its table."""
+    variances = ("variance_median", "variance_largest")
+    return {"V x D": f"{f['V']} x {f['D']}", "norm": f"{f['norm']:.3f}", "ANI": f"{f['ani']:.3f}",
+            "spread": f"{f['spread']:.3f}", "effective rank": f"{f['effective_rank']:.1f}",
+            "variance of EMB(x): median, largest": ", ".join(
+                f"{f[key]:.2e}" for key in variances if key in f),
+            "DGS": f"{f['dgs']:.3f}", "CE, nats": f"{f['ce_mean']:.3f}",
+            "t at half CE": f"{f['ce_half_time']:.3f}"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -560,11 +608,11 @@ def draw_lines(path: Path, panels: list[tuple[dict, dict]], runs: Iterable[str])
     """A picture of panels: ({run: (x, y)}, what matplotlib's Axes.set takes). A run has one colour
     in all of them."""
     figure, axes = new_figure(len(panels))
-    colours, shown = {run: f"C{k % 10}" for k, run in enumerate(runs)}, {}
-    for ax, (lines, labels) in zip(axes, panels):
+    colours, shown = {run: f"C{k}" for k, run in enumerate(runs)}, {}
+    for ax, (lines, settings) in zip(axes, panels):
         for run, (x, y) in lines.items():
             (shown[run],) = ax.plot(x, y, color=colours[run], marker="." if len(x) == 1 else "")
-        ax.set(**labels)
+        ax.set(**settings)
         ax.grid(alpha=0.4)
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=3)
     figure.savefig(path)
@@ -572,6 +620,7 @@ def draw_lines(path: Path, panels: list[tuple[dict, dict]], runs: Iterable[str])
 
 def draw_collapse(results: dict[str, dict], folder: Path) -> list[Path]:
     """collapse.png: CATDM's Figure 1 and more; distances.png: its Figure 6."""
+    curves = {run: result["curves"] for run, result in results.items()}
     panels = []
     for key, title, x_label in (
             ("variances", "variance of dimensions of EMB(x) (Fig. 1)", "share of all L x D"),
@@ -579,29 +628,26 @@ def draw_collapse(results: dict[str, dict], folder: Path) -> list[Path]:
             ("dgs", "DGS_t: accuracy of the degenerate model", "t"),
             ("axes", "variance of embeddings along principal axes", "share of all axes"),
             ("norms", "magnitudes |e_v|, sorted (Fig. 6)", "share of all V tokens")):
-        log, lines = key in ("variances", "axes"), {}
-        for run, curves in ((run, result["curves"]) for run, result in results.items()):
-            if key in curves:  # Difformer's sentences vary in length: no variance of EMB(x)
-                y = curves[key].clamp_min(1e-8) if log else curves[key]
-                x = curves["times"] if x_label == "t" else np.linspace(0, 1, len(y))
-                lines[run] = x, y
-        if lines:
+        log = key in ("variances", "axes")
+        lines = {run: (c["times"] if x_label == "t" else np.linspace(0, 1, len(c[key])),
+                       c[key].clamp_min(1e-8 if log else 0))
+                 for run, c in curves.items() if key in c}
+        if lines:  # Difformer's sentences vary in length: no variance of EMB(x)
             top = 1.05 * max(float(y.max()) for _, y in lines.values()) or 1.0
             scale = dict(yscale="log") if log else dict(ylim=(0, top))
             panels.append((lines, dict(title=title, xlabel=x_label, **scale)))
     paths = [folder / "collapse.png", folder / "distances.png"]
-    draw_lines(paths[0], panels, results)
-    figure, axes = new_figure(len(results))
-    for ax, (run, result) in zip(axes, results.items()):
-        image = ax.imshow(result["curves"]["distances"].numpy(), cmap="gray_r", vmin=0)
-        figure.colorbar(image, ax=ax)
+    draw_lines(paths[0], panels, curves)
+    figure, axes = new_figure(len(curves))
+    for ax, (run, c) in zip(axes, curves.items()):
+        figure.colorbar(ax.imshow(c["distances"].numpy(), cmap="gray_r", vmin=0), ax=ax)
         ax.set(title=run, xticks=[], yticks=[])
     figure.savefig(paths[1])
     return paths
 
 
 # ---------------------------------------------------------------------------------------------
-# Curves over training steps
+# Run folders, tables, commands
 # ---------------------------------------------------------------------------------------------
 
 CURVES = ("loss", "L_0", "L_DM", "L_CM", "ce", "mse", "cross_entropy", "accuracy", "bleu",
@@ -624,48 +670,19 @@ def read_curves(out: Path) -> dict[str, dict[int, float]]:
         except ValueError:  # a line cut short, by a crash or because it is being written
             continue
         for key, value in record.items():
-            if (key in CURVES or key.endswith(("_bits", "_nats"))) and isinstance(
-                    value, int | float):
+            wanted = key in CURVES or key.endswith(("_bits", "_nats"))
+            if wanted and isinstance(value, int | float):
                 curves.setdefault(key, {})[record["step"]] = value
     if not curves:
         raise RunError(f"{out}/log.jsonl has no losses yet")
     return {key: dict(sorted(curve.items())) for key, curve in curves.items()}
 
 
-def curves_main(argv: list[str]) -> None:
-    """`eval.py curves`: the last values as a table, all in curves.png."""
-    parser = argparse.ArgumentParser(prog="eval.py curves", allow_abbrev=False,
-                                     description="Loss and bounds over steps from log.jsonl.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--out", type=Path, help="where the picture goes (default: the first run)")
-    args = parser.parse_args(argv)
-    results = {name: read_curves(run) for name, run in names_of(args.runs).items()}
-    print(table([{"run": run, "steps": f"{max(max(c) for c in curves.values()):,}"} | {
-        key: f"{list(curve.values())[-1]:.4f}" for key, curve in curves.items()}
-        for run, curves in results.items()]))
-    if not matplotlib_found():
-        return
-    keys = dict.fromkeys(key for curves in results.values() for key in curves)
-    panels = [({run: (list(curves[key]), list(curves[key].values()))
-                for run, curves in results.items() if key in curves},
-               dict(title=key, xlabel="step")) for key in keys]
-    folder = args.out or args.runs[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_lines(folder / "curves.png", panels, results)
-    print(folder / "curves.png")
-
-
-# ---------------------------------------------------------------------------------------------
-# Runs and tables
-# ---------------------------------------------------------------------------------------------
-
-
 def read_samples(path: Path) -> list[dict]:
     """samples.jsonl ({"text", "ids"} a line) or plain text, one sample a line."""
     try:
         lines = [line for line in path.read_text().split("\n") if line.strip()]
-        rows = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else [
-            {"text": line} for line in lines]
+        rows = [json.loads(line) if path.suffix == ".jsonl" else {"text": line} for line in lines]
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read samples from {path}: {error}") from error
     if not rows or any("text" not in row for row in rows):
@@ -692,7 +709,7 @@ def script_of(out: Path) -> ModuleType:
     return importlib.import_module(method)
 
 
-def score_run(out: Path, split: str, flags: list[str], extra: Sequence[str] = ()) -> dict:
+def score_run(out: Path, split: str, flags: list[str], extra: list[str]) -> dict:
     """A run folder's figures on the full split, from eval-SPLIT.json if that is up to date."""
     script, kept = script_of(out), out / f"eval-{split}.json"
     stamp = {"mtime_ns": (out / "checkpoint.pt").stat().st_mtime_ns, "flags": [*flags, *extra]}
@@ -708,15 +725,6 @@ def score_run(out: Path, split: str, flags: list[str], extra: Sequence[str] = ()
     return result
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown table; columns that no row fills are left out."""
-    names = [k for k in dict.fromkeys(k for row in rows for k in row) if any(
-        row.get(k) not in (None, "") for row in rows)]
-    lines = ["| " + " | ".join(names) + " |", "|" + "|".join("-" for _ in names) + "|"]
-    lines += ["| " + " | ".join(str(row.get(k) or "") for k in names) + " |" for row in rows]
-    return "\n".join(lines)
-
-
 def figure_columns(figures: dict[str, dict]) -> dict[str, str]:
     """Figures as columns of the table of runs."""
     row = {}
@@ -727,35 +735,48 @@ def figure_columns(figures: dict[str, dict]) -> dict[str, str]:
     return row
 
 
-def sample_columns(samples: dict) -> dict[str, str]:
-    """`score_samples` as columns of the table of runs."""
-    row = {"samples": str(samples["samples"]), "entropy, nats": f"{samples['entropy_nats']:.4f}"}
-    return row | {key: f"{100 * samples[key]:.1f}%" for key in ("spelled", "parses")
-                  if samples.get(key) is not None}
+def table(rows: list[dict]) -> str:
+    """Markdown table; columns that no row fills are left out."""
+    names = dict.fromkeys(k for row in rows for k, v in row.items() if v not in (None, ""))
+    lines = ["| " + " | ".join(names) + " |", "|" + "-|" * len(names)]
+    lines += ["| " + " | ".join(str(row.get(k) or "") for k in names) + " |" for row in rows]
+    return "\n".join(lines)
 
 
-def toy_columns(row: dict[int, dict]) -> dict[str, str]:
-    """A row of `toy_rows` as columns of the table of runs."""
-    return {f"{name}, T = {T}": f"{value:.3f}" for T, values in row.items()
-            for name, value in values.items()}
+# Flags of the commands that open checkpoints, and of those that draw pictures
+OPENS_RUNS, DRAWS_RUNS = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+OPENS_RUNS.add_argument("--split", default="valid", choices=("train", "valid", "test"))
+OPENS_RUNS.add_argument("--data_dir", default="data", help="where datasets are")
+OPENS_RUNS.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+DRAWS_RUNS.add_argument("runs", nargs="+", type=Path, help="run folders")
+DRAWS_RUNS.add_argument("--out", type=Path, help="where pictures go (default: the first run)")
 
 
-def new_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The flags of everything that opens runs."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--split", default="valid", choices=("train", "valid", "test"))
-    parser.add_argument("--data_dir", default="data", help="where datasets are")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    return parser
+def curves_main(argv: list[str]) -> None:
+    """`eval.py curves`: the last values as a table, all in curves.png."""
+    parser = argparse.ArgumentParser("eval.py curves", parents=[DRAWS_RUNS], allow_abbrev=False,
+                                     description="Loss and bounds over steps from log.jsonl.")
+    args = parser.parse_args(argv)
+    results = {name: read_curves(run) for name, run in names_of(args.runs).items()}
+    print(table([{"run": run, "steps": f"{max(max(c) for c in curves.values()):,}"} | {
+        key: f"{list(curve.values())[-1]:.4f}" for key, curve in curves.items()}
+        for run, curves in results.items()]))
+    if matplotlib_found():
+        keys = dict.fromkeys(key for curves in results.values() for key in curves)
+        panels = [({run: (list(curves[key]), list(curves[key].values()))
+                    for run, curves in results.items() if key in curves},
+                   dict(title=key, xlabel="step")) for key in keys]
+        folder = args.out or args.runs[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_lines(folder / "curves.png", panels, results)
+        print(folder / "curves.png")
 
 
 def collapse_main(argv: list[str]) -> None:
     """`eval.py collapse`: a table, collapse.json and two pictures."""
-    parser = new_parser("eval.py collapse", "Have the learned embeddings of CATDM, CADD or "
-                        "Difformer runs collapsed?")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--out", type=Path, help="where the pictures go (default: the first run)")
+    parser = argparse.ArgumentParser(
+        "eval.py collapse", parents=[OPENS_RUNS, DRAWS_RUNS], allow_abbrev=False,
+        description="Have the learned embeddings of CATDM, CADD or Difformer runs collapsed?")
     args = parser.parse_args(argv)
     flags = ["--split", args.split, "--data_dir", args.data_dir, "--device", args.device]
     results, rows = {}, []
@@ -765,10 +786,11 @@ def collapse_main(argv: list[str]) -> None:
             raise RunError(f"{run}: {script.__name__} learns no embeddings that are diffused")
         cfg, ddp, model, data, _ = common.open_run(script, str(run), flags)
         results[name] = collapse(PROBE_TIMES, script.probe(model, cfg, data, ddp, PROBE_TIMES))
-        rows.append(collapse_row(name, script.name_of(cfg), results[name]["figures"]))
+        rows.append({"run": name, "method": script.name_of(cfg)}
+                    | collapse_columns(results[name]["figures"]))
+    print(table(rows))
     folder = args.out or args.runs[0]
     folder.mkdir(parents=True, exist_ok=True)
-    print(table(rows))
     common.write_json(folder / "collapse.json",
                       {run: {"figures": result["figures"]} | {
                           k: result["curves"][k].tolist() for k in ("times", "ce", "dgs", "axes")}
@@ -784,7 +806,9 @@ def main(argv: list[str] | None = None) -> None:
         return collapse_main(argv[1:])
     if argv[:1] == ["curves"]:
         return curves_main(argv[1:])
-    parser = new_parser("eval.py", __doc__)
+    parser = argparse.ArgumentParser("eval.py", parents=[OPENS_RUNS], allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description=__doc__)
     parser.add_argument("paths", nargs="+", help="run folders, or files of samples")
     parser.add_argument("--dataset", help="whose words to compare with, for files of samples")
     parser.add_argument("--metrics", nargs="+", default=[], choices=EXTRA, help="also these")
@@ -814,19 +838,19 @@ def main(argv: list[str] | None = None) -> None:
         if samples.exists():
             if (dataset, length) not in sets:
                 sets[dataset, length] = load_dataset(dataset, args.data_dir, length)
-            row |= sample_columns(score_samples(read_samples(samples), sets[dataset, length]))
+            row |= sample_columns(read_samples(samples), sets[dataset, length])
         if (path / "histograms.npz").exists():
             with np.load(path / "histograms.npz") as file:
                 own = {int(T): file[T].astype(np.float64) for T in file.files}
-            toys[dataset], seen = toy_rows(load_dataset(dataset), own, name, TOY_POINTS)
-            row |= toy_columns(toys[dataset][name])
-            pictures.setdefault(dataset, [path, *seen[:2]]).append(seen[2])
+            toys[dataset], shown = toy_rows(load_dataset(dataset), own, name, TOY_POINTS)
+            row |= toy_columns(toys[dataset].pop(name))
+            pictures.setdefault(dataset, [path, *shown[:2]]).append(shown[2])
     for (dataset, _), data in sets.items():
-        rows.append({"run": f"data: {dataset}/{args.split}"} | sample_columns(
-            score_data(data, args.split)))
+        real = [dict(text=data.decode(ids), ids=ids)
+                for batch in data.eval_batches(args.split, 64, limit=256) for ids in batch.ids]
+        rows.append({"run": f"data: {dataset}/{args.split}"} | sample_columns(real, data))
     for dataset, toy in toys.items():
-        rows += [{"run": f"{row}: {dataset}"} | toy_columns(toy[row]) for row in
-                 ("data", "mdlm at best")]
+        rows += [{"run": f"{row}: {dataset}"} | toy_columns(values) for row, values in toy.items()]
     print(table(rows))
     for dataset, (folder, *histograms) in pictures.items():
         save_histograms(folder / "side-by-side.png", [histograms])

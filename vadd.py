@@ -26,13 +26,12 @@ Time runs from t = 0 (clean) to t = 1 (noise).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
+import itertools
 import math
 import sys
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ from tqdm import tqdm
 import common
 from common import RunError, arg, free
 from data import TOYS, Sequences, load_dataset
-from eval import TOY_STEPS, histogram, save_histograms, toy_rows, toy_table
+from eval import TOY_STEPS, histogram, show_toys
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -170,17 +169,48 @@ class StandardNormal:
     """The paper's prior p(z) = N(0, I), Eq. 6, of latents z (..., B, latent)."""
 
     def draw(self, eps: Tensor, u: Tensor) -> Tensor:
-        """z from normal noise eps, of z's shape; it needs no uniform noise u (..., B)."""
+        """z from normal noise eps (..., B, latent); uniform noise u (..., B) is not needed."""
         return eps
 
     def log_prob(self, z: Tensor) -> Tensor:
+        """(..., B), in nats."""
         return log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
 
     def kl(self, z: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(N(mean, std^2) || p) in nats: (B,), and of each dimension (B, latent). Exact, so it
-        needs no draw z."""
+        """KL(N(mean, std^2) || p) in nats: (B,), and of each dimension (B, latent). Exact: the
+        draw z is not needed."""
         per_dim = kl_from_standard(mean, log_std)
         return per_dim.sum(-1), per_dim
+
+
+class InformedPrior:
+    """--prior informed, ours: p(z | x_t), which the paper's section 6 leaves to the future. A
+    mixture of C Gaussians, since one at x_1 = all [MASK] could do no more than N(0, I)."""
+
+    def __init__(self, out: Tensor, C: int, n: int):
+        """out (B, C (2 n + 1)) of the network, n the latent's dimensions."""
+        self.logits, mean, log_std = out.float().split([C, C * n, C * n], -1)
+        self.mean = mean.unflatten(-1, (C, n))                            # (B, C, latent)
+        self.log_std = log_std.unflatten(-1, (C, n)).clamp(-8, 8)
+
+    def draw(self, eps: Tensor, u: Tensor) -> Tensor:
+        row = torch.arange(u.shape[-1], device=u.device)
+        k = common.sample_categorical(self.logits.expand(*u.shape, -1), u=u)
+        return self.mean[row, k] + self.log_std[row, k].exp() * eps
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        each = log_normal(z[..., None, :], self.mean, self.log_std)       # (..., B, C)
+        return (self.logits.log_softmax(-1) + each).logsumexp(-1)
+
+    def kl(self, z: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+        """An unbiased estimate at z ~ N(mean, std^2), (B,); for the log of each dimension
+        (B, latent) the KL to the Gaussian of the mixture's mean and variance."""
+        weight = self.logits.softmax(-1)[..., None]
+        mean_0 = (weight * self.mean).sum(1)
+        square = (weight * (self.mean.square() + (2 * self.log_std).exp())).sum(1)
+        log_std_0 = 0.5 * (square - mean_0.square()).clamp_min(1e-12).log()
+        per_dim = kl_from_standard((mean - mean_0) * (-log_std_0).exp(), log_std - log_std_0)
+        return log_normal(z, mean, log_std) - self.log_prob(z), per_dim
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,9 +220,7 @@ class StandardNormal:
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with ELU between them (B.1)."""
-    layers: list[nn.Module] = []
-    for a, b in zip(widths[:-1], widths[1:]):
-        layers += [nn.Linear(a, b), nn.ELU()]
+    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ELU())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -255,8 +283,7 @@ class DiTDenoiser(nn.Module):
 
     def __init__(self, cfg: Config, V: int):
         super().__init__()
-        self.net = common.DiT(V + 1, cfg.dim, cfg.depth, cfg.heads,
-                              dropout=cfg.dropout, length=cfg.length)
+        self.net = common.DiT(V + 1, cfg.dim, cfg.depth, cfg.heads, 128, cfg.dropout, cfg.length)
         if cfg.latent_dim:
             self.latent = nn.Sequential(nn.Linear(cfg.latent_dim, 128), nn.SiLU(),
                                         nn.Linear(128, 128))
@@ -274,8 +301,7 @@ class DiTRecognition(nn.Module):
 
     def __init__(self, cfg: Config, V: int, outputs: int):
         super().__init__()
-        self.net = common.DiT(V + 1, cfg.dim, cfg.depth, cfg.heads,
-                              dropout=cfg.dropout, length=cfg.length)
+        self.net = common.DiT(V + 1, cfg.dim, cfg.depth, cfg.heads, 128, cfg.dropout, cfg.length)
         self.R = nn.Parameter(torch.randn(1, 128))
         self.readout = nn.Linear(cfg.dim, outputs)
 
@@ -293,12 +319,12 @@ class VADD(nn.Module):
 
     def __init__(self, cfg: Config, vocab_size: int):
         super().__init__()
-        self.cfg, self.V, self.mask_id = cfg, vocab_size, vocab_size
+        self.cfg, self.mask_id = cfg, vocab_size
         V, n = vocab_size, cfg.latent_dim
-        Denoiser, Recognition = {"dit": (DiTDenoiser, DiTRecognition),
-                                 "mlp": (MLPDenoiser, MLPRecognition)}[cfg.net]
-        self.denoiser = Denoiser(cfg, V)
-        if cfg.net == "dit":
+        dit = cfg.net == "dit"
+        Recognition = DiTRecognition if dit else MLPRecognition
+        self.denoiser = DiTDenoiser(cfg, V) if dit else MLPDenoiser(cfg, V)
+        if dit:
             self.hidden_share = common.share_moments(lambda t: schedule(t, cfg.alpha)[0])
             self.head = nn.Linear(cfg.dim, V + 1)  # [MASK] is never the answer: first V rows only
             nn.init.zeros_(self.head.weight)
@@ -335,16 +361,6 @@ class VADD(nn.Module):
         out = self.prior(x_t, x_t, x_t == self.mask_id, self.time(t))
         return InformedPrior(out, self.cfg.components, self.cfg.latent_dim)
 
-    def infer(self, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor
-              ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """z ~ r(z | x_0, x_t) from noise eps (B, latent), KL(r || p) (B,), and the KL of each
-        dimension (B, latent). MDLM has no z, and no KL."""
-        if not self.cfg.latent_dim:
-            return None, torch.zeros_like(t), torch.zeros_like(eps)
-        mean, log_std = self.recognise(x0, x_t, t)
-        z = mean + log_std.exp() * eps                                    # reparametrised
-        return z, *self.prior_at(x_t, t).kl(z, mean, log_std)
-
     def cross_entropy(self, h: Tensor, x0: Tensor, scored: Tensor, weight: Tensor
                       ) -> tuple[Tensor, Tensor]:
         """-log p(x_0 | x_t, z) at the positions `scored` (B, L) from h = denoise(x_t, z, t), in
@@ -364,7 +380,11 @@ class VADD(nn.Module):
         weight = loss_weight(t, self.cfg.alpha)
         x_t, masked = add_noise(x0, t, u, self.mask_id, self.cfg.alpha)
         scored = masked & not_pad
-        z, kl, per_dim = self.infer(x0, x_t, t, eps)
+        z, kl, per_dim = None, torch.zeros_like(t), torch.zeros_like(eps)  # MDLM has no z
+        if self.cfg.latent_dim:
+            mean, log_std = self.recognise(x0, x_t, t)
+            z = mean + log_std.exp() * eps                                # reparametrised
+            kl, per_dim = self.prior_at(x_t, t).kl(z, mean, log_std)
         # With nothing to predict the exact posterior is the prior: z is not used, its KL is 0.
         some = scored.any(1)
         kl, per_dim = kl * some, per_dim.detach() * some[:, None]
@@ -396,7 +416,7 @@ def sample(
 
     (B, L), z = x.shape, None
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=x.device)
-    for t, s in zip(times[:-1], times[1:]):
+    for t, s in itertools.pairwise(times):
         masked = x == model.mask_id
         if not masked.any():
             yield x
@@ -427,39 +447,33 @@ class Draw(NamedTuple):
     scored: Tensor  # (B, L) bool
 
 
-def log_likelihood(model: VADD, draw: Draw, z: Tensor | None, autocast) -> Tensor:
+def log_likelihood(model: VADD, draw: Draw, z: Tensor | None) -> Tensor:
     """log p(x_0 | x_t, z) = log prod_i mu_i(x_t, z)[x_0^i] over the positions `scored`, for k
     latents z (k, B, latent) each: (k, B) float64. Without latents k is 1."""
     k, B = 1 if z is None else len(z), len(draw.x0)
     x0, x_t, scored = (x.repeat(k, 1) for x in (draw.x0, draw.x_t, draw.scored))
-    with autocast():
-        h = model.denoise(x_t, None if z is None else z.flatten(0, 1), draw.t.repeat(k))
-        logits = model.logits(h[scored])
-    nll = F.cross_entropy(logits.double(), x0[scored], reduction="none")
+    h = model.denoise(x_t, None if z is None else z.flatten(0, 1), draw.t.repeat(k))
+    nll = F.cross_entropy(model.logits(h[scored]).double(), x0[scored], reduction="none")
     out = torch.zeros(k * B, device=x0.device, dtype=torch.float64)
     return out.index_add(0, scored.nonzero()[:, 0], -nll).view(k, B)
 
 
-def log_evidence(
-    model: VADD, draw: Draw, K: int, generator: torch.Generator, autocast,
-    from_prior: float = 0.0,
-) -> Tensor:
+def log_evidence(model: VADD, draw: Draw, K: int, generator: torch.Generator,
+                 from_prior: float = 0.0) -> Tensor:
     """log of an unbiased estimate of Eq. 8, E_z p(x_0 | x_t, z) of the positions `scored`: (B,)
-    float64 nats, 0 where there are none.
+    float64 nats, 0 where there are none. By Jensen its mean is a lower bound for any proposal.
 
-    z ~ p(z), by importance sampling with K draws: a share `from_prior` of them from the prior, the
-    others from r(z | x_0, x_t). The log makes it a lower bound in expectation for any proposal
-    (Jensen).
+    Importance sampling with K draws of z: a share `from_prior` of them from the prior, the others
+    from r(z | x_0, x_t).
     """
     out, some = torch.zeros_like(draw.t, dtype=torch.float64), draw.scored.any(1)
     if not some.any():
         return out
     draw = Draw(*(x[some] for x in draw))
     if not model.cfg.latent_dim:
-        return out.masked_scatter(some, log_likelihood(model, draw, None, autocast))
-    with autocast():
-        mean, log_std = model.recognise(draw.x0, draw.x_t, draw.t)
-        prior = model.prior_at(draw.x_t, draw.t)
+        return out.masked_scatter(some, log_likelihood(model, draw, None))
+    mean, log_std = model.recognise(draw.x0, draw.x_t, draw.t)
+    prior = model.prior_at(draw.x_t, draw.t)
     noise = dict(generator=generator, device=out.device)
     prior_draws = int(from_prior * K)  # they come first
     share = torch.tensor(prior_draws / K, dtype=torch.float64)
@@ -473,14 +487,13 @@ def log_evidence(
                         mean + log_std.exp() * eps)                       # (k, B, latent)
         log_p, log_r = prior.log_prob(z).double(), log_normal(z, mean, log_std).double()
         proposal = torch.logaddexp(share.log() + log_p, (1 - share).log() + log_r)
-        log_w.append(log_likelihood(model, draw, z, autocast) + log_p - proposal)
+        log_w.append(log_likelihood(model, draw, z) + log_p - proposal)
     return out.masked_scatter(some, torch.cat(log_w).logsumexp(0) - math.log(K))
 
 
-def delbo(model: VADD, x0: Tensor, not_pad: Tensor, n: Tensor, u: Tensor,
-          evidence: Callable[..., Tensor]) -> Tensor:
-    """Eq. 20 at one x_t with n (B,) hidden positions, from uniform noise u (B, L): (B,) in nats per
-    token; `evidence` is log_evidence of a Draw.
+def delbo(model: VADD, x0: Tensor, not_pad: Tensor, n: Tensor, K: int,
+          generator: torch.Generator) -> Tensor:
+    """Eq. 20 at one x_t with n (B,) hidden positions: (B,) in nats per token.
 
     E_t E_x_t of the weight times -log of K-sample estimates of p(x_0 | x_t). Paper: "bounds" rest
     on Eq. 3, which needs p(x_0 | x_t) to factorise: its derivation lets one position be revealed
@@ -492,17 +505,17 @@ def delbo(model: VADD, x0: Tensor, not_pad: Tensor, n: Tensor, u: Tensor,
     any schedule, is that of L/n with n uniform over 1..L, m the n-th smallest of L uniforms u and
     u <= m hidden: exact down to t = 0 and without the weight's heavy tail.
     """
+    u = torch.rand(x0.shape, device=x0.device, generator=generator)
     m = u.sort(1).values.gather(1, n[:, None] - 1)                        # (B, 1)
     masked = u <= m
     draw = Draw(x0, time_of(m[:, 0], model.cfg.alpha), torch.where(masked, model.mask_id, x0),
                 masked & not_pad)
-    return -evidence(draw) * x0.shape[1] / n / not_pad.sum(1)
+    return -log_evidence(model, draw, K, generator) * x0.shape[1] / n / not_pad.sum(1)
 
 
-def bound(model: VADD, x0: Tensor, not_pad: Tensor, T: int, u: Tensor,
-          evidence: Callable[..., Tensor]) -> Tensor:
-    """A valid bound, of the sampler of T steps, from uniform noise u (B, L): (B,) in nats per
-    token; `evidence` is log_evidence of a Draw.
+def bound(model: VADD, x0: Tensor, not_pad: Tensor, T: int, K: int,
+          generator: torch.Generator) -> Tensor:
+    """A valid bound, of the sampler of T steps: (B,) in nats per token.
 
     The sampler's transition p(x_s | x_t) is Eq. 6-7, so with the set R of positions that q reveals
     in a step,
@@ -512,20 +525,21 @@ def bound(model: VADD, x0: Tensor, not_pad: Tensor, T: int, u: Tensor,
     has to be explained: where R is small r is too narrow, so half of the draws come from the
     prior, which bounds the weights by 2.
     """
+    u = torch.rand(x0.shape, device=x0.device, generator=generator)
     total = torch.zeros(len(x0), device=x0.device, dtype=torch.float64)
     times = torch.linspace(1, 0, T + 1, device=x0.device).expand(len(x0), -1).T  # (T + 1, B)
-    for t, s in zip(times[:-1], times[1:]):
+    for t, s in itertools.pairwise(times):
         x_t, masked = add_noise(x0, t, u, model.mask_id, model.cfg.alpha)
-        _, still_masked = add_noise(x0, s, u, model.mask_id, model.cfg.alpha)
+        still_masked = add_noise(x0, s, u, model.mask_id, model.cfg.alpha)[1]
         draw = Draw(x0, t, x_t, masked & ~still_masked & not_pad)
-        total -= evidence(draw, from_prior=0.5)
+        total -= log_evidence(model, draw, K, generator, from_prior=0.5)
     return total / not_pad.sum(1)
 
 
 @torch.no_grad()
 def likelihoods(
     model: VADD, batches: Iterator[Tensor], draws: int, seed: int, pad_id: int | None = None,
-    K: int = 1, bound_steps: tuple[int, ...] = (1,), autocast=contextlib.nullcontext,
+    K: int = 1, bound_steps: tuple[int, ...] = (1,),
 ) -> dict[str, Tensor]:
     """nll_delbo and nll_bound_T for T in bound_steps, in nats per token, one estimate per sequence
     and draw: (sequences x draws,) float64 each. Batches (B, L).
@@ -533,63 +547,20 @@ def likelihoods(
     The number of hidden positions is low-discrepancy across the batch and across a sequence's
     draws, so the naive standard error is on the safe side.
     """
-    figures: dict[str, list[Tensor]] = {"nll_delbo": []}
-    figures |= {f"nll_bound_{T}": [] for T in bound_steps}
+    found: list[list[Tensor]] = []
     for number, x0 in enumerate(batches):
         B, L = x0.shape
         generator = torch.Generator(x0.device).manual_seed(common.fold_in(seed, 77, number))
         noise = dict(generator=generator, device=x0.device)
         shift, perm = torch.rand((), dtype=torch.float64, **noise), torch.randperm(B, **noise)
         not_pad = x0 != (-1 if pad_id is None else pad_id)
-        evidence = functools.partial(
-            log_evidence, model, K=K, generator=generator, autocast=autocast)
         for k in range(draws):
             even = common.low_discrepancy_t(k * B + perm, B * draws, shift, 0.0)
             n = (even * L).long().clamp_max(L - 1) + 1                    # (B,) in 1..L
-            u = torch.rand(x0.shape, **noise)
-            figures["nll_delbo"].append(delbo(model, x0, not_pad, n, u, evidence))
-            for T in bound_steps:
-                u = torch.rand(x0.shape, **noise)
-                figures[f"nll_bound_{T}"].append(bound(model, x0, not_pad, T, u, evidence))
-    return {name: torch.cat(values) for name, values in figures.items()}
-
-
-# ---------------------------------------------------------------------------------------------
-# An informed prior: ours, not the paper's
-# ---------------------------------------------------------------------------------------------
-
-
-class InformedPrior:
-    """--prior informed: p(z | x_t), which the paper's section 6 leaves to the future. A mixture of
-    C Gaussians from a network that sees x_t: one at x_1 = all [MASK] could do no more than N(0, I).
-    """
-
-    def __init__(self, out: Tensor, C: int, n: int):
-        """out (B, C (2 n + 1)) of the network, n the latent's dimensions."""
-        self.logits, mean, log_std = out.float().split([C, C * n, C * n], -1)
-        self.mean = mean.unflatten(-1, (C, n))                            # (B, C, latent)
-        self.log_std = log_std.unflatten(-1, (C, n)).clamp(-8, 8)
-
-    def draw(self, eps: Tensor, u: Tensor) -> Tensor:
-        """eps (..., B, latent) normal, u (..., B) uniform noise -> z (..., B, latent)."""
-        row = torch.arange(u.shape[-1], device=u.device)
-        k = common.sample_categorical(self.logits.expand(*u.shape, -1), u=u)
-        return self.mean[row, k] + self.log_std[row, k].exp() * eps
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """z (..., B, latent) -> (..., B)."""
-        each = log_normal(z[..., None, :], self.mean, self.log_std)       # (..., B, C)
-        return (self.logits.log_softmax(-1) + each).logsumexp(-1)
-
-    def kl(self, z: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-        """An unbiased estimate at z ~ N(mean, std^2), (B,); for the log of each dimension
-        (B, latent) the KL to the Gaussian of the mixture's mean and variance."""
-        weight = self.logits.softmax(-1)[..., None]
-        mean_0 = (weight * self.mean).sum(1)
-        square = (weight * (self.mean.square() + (2 * self.log_std).exp())).sum(1)
-        log_std_0 = 0.5 * (square - mean_0.square()).clamp_min(1e-12).log()
-        per_dim = kl_from_standard((mean - mean_0) * (-log_std_0).exp(), log_std - log_std_0)
-        return log_normal(z, mean, log_std) - self.log_prob(z), per_dim
+            found.append([delbo(model, x0, not_pad, n, K, generator)])
+            found[-1] += [bound(model, x0, not_pad, T, K, generator) for T in bound_steps]
+    names = ["nll_delbo", *(f"nll_bound_{T}" for T in bound_steps)]
+    return {name: torch.cat(values) for name, values in zip(names, zip(*found))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -615,8 +586,8 @@ def load(cfg: Config, tokenizer: dict | None = None) -> Sequences:
 
 
 def load_batch(cfg: Config, data: Sequences, step: int, index: Tensor, ddp: common.DDP) -> Batch:
-    """The samples `index` (B,) of the global batch of a step, the same on any number of ranks: the
-    noise is small, so each draws the global batch's and takes its rows."""
+    """The samples `index` (B,) of the global batch of a step, the same on any number of ranks: each
+    draws the whole batch's noise, which is small, and takes its rows."""
     x0 = ddp.put(data.train_batch(cfg.seed, step, cfg.batch_size, index.numpy()).ids)
     rows = ddp.put(index)
     shift = np.random.default_rng(common.fold_in(cfg.seed, step, 1)).random()
@@ -640,13 +611,12 @@ def build(cfg: Config, data: Sequences) -> VADD:
 
 
 def flops_per_token(model: VADD, L: int) -> float:
-    """Model FLOPs of a training step per token (dit): the head sees the hidden share of the
-    positions, forward and backward 3 x 2 FLOPs."""
+    """Model FLOPs of a training step per token (mlp: not counted). The head sees the hidden share
+    of the positions, forward and backward 3 x 2 FLOPs."""
     if model.cfg.net == "mlp":
         return 0.0
-    nets = [m for m in model.modules() if isinstance(m, common.DiT)]
     head = 6 * model.hidden_share[0] * model.head.weight.numel()
-    return sum(net.flops_per_token(L) for net in nets) + head
+    return head + sum(m.flops_per_token(L) for m in model.modules() if isinstance(m, common.DiT))
 
 
 def train(cfg: Config, ddp: common.DDP, data: Sequences) -> common.Run:
@@ -723,22 +693,20 @@ def name_of(cfg: Config) -> str:
 
 def bound_steps(cfg: Config) -> tuple[int, ...]:
     """--bound_steps "1,16" -> (1, 16)."""
-    try:
-        steps = tuple(int(part) for part in cfg.bound_steps.split(","))
-    except ValueError:
-        steps = (0,)
-    if min(steps) < 1:
+    parts = cfg.bound_steps.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
         raise RunError(f'--bound_steps {cfg.bound_steps!r}: give numbers of steps such as "1,16"')
-    return steps
+    return tuple(map(int, parts))
 
 
 def evaluate(model: VADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict[str, dict]:
     """Figures of `likelihoods` over cfg.split: bits per character, nats per token or point."""
     batch = max(1, min(cfg.micro_batch, 16384 // data.length))
     batches = common.eval_batches(data, cfg.split, batch, cfg.eval_sequences, ddp)
-    values = likelihoods(model, (x0 for x0, _ in batches), cfg.eval_draws,
-                         common.fold_in(cfg.seed, ddp.rank), data.pad_id, cfg.K, bound_steps(cfg),
-                         autocast=ddp.autocast)
+    seed = common.fold_in(cfg.seed, ddp.rank)
+    with ddp.autocast():  # which leaves float64 alone
+        values = likelihoods(model, (x0 for x0, _ in batches), cfg.eval_draws, seed, data.pad_id,
+                             cfg.K, bound_steps(cfg))
     figures = common.estimates(values, data, ddp, K=cfg.K, split=cfg.split)
     for name, figure in figures.items():
         figure["is_bound"] = name != "nll_delbo" or not cfg.latent_dim
@@ -748,36 +716,23 @@ def evaluate(model: VADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict
 def draw_ids(model: VADD, cfg: Config, L: int, steps: int, ddp: common.DDP) -> Tensor:
     """cfg.samples sequences of `steps` steps: ids (samples, L) on the CPU."""
     generator = torch.Generator(ddp.device).manual_seed(common.fold_in(cfg.seed, 99))
-
-    def sampler(begin: int, end: int) -> Iterator[Tensor]:
-        x = torch.full((end - begin, L), model.mask_id, device=ddp.device)
-        with ddp.autocast():
-            yield from sample(model, x, steps, temperature=cfg.temperature, top_p=cfg.top_p,
-                              generator=generator)
-
-    return common.draw_in_batches(cfg.samples, cfg.sample_batch, steps, sampler)
+    x = torch.full((cfg.samples, L), model.mask_id, device=ddp.device)
+    with ddp.autocast():
+        return common.draw_in_batches(
+            cfg.samples, cfg.sample_batch, steps,
+            lambda begin, end: sample(model, x[begin:end], steps, temperature=cfg.temperature,
+                                      top_p=cfg.top_p, generator=generator))
 
 
 def draw(model: VADD, cfg: Config, data: Sequences, ddp: common.DDP, trained: bool = False) -> dict:
-    """Print cfg.samples texts; samples.jsonl in the run folder gets them with their ids.
-
-    Of a toy print how far cfg.samples points are from the training points, after training for the
-    paper's numbers of steps; write histograms.npz and samples.png.
-    """
+    """Print cfg.samples texts, or how far a toy's points are from the training points, after
+    training for the paper's numbers of steps; files in the run folder get them."""
     if data.unit != "bin":
         common.show_texts(draw_ids(model, cfg, data.length, cfg.sample_steps, ddp), data, cfg.out)
         return {}
     steps = TOY_STEPS if trained else (cfg.sample_steps,)
     own = {T: histogram(draw_ids(model, cfg, data.length, T, ddp).numpy()) for T in steps}
-    rows, shown = toy_rows(data, own, name_of(cfg), cfg.samples)
-    np.savez_compressed(Path(cfg.out) / "histograms.npz",
-                        **{str(T): p.astype(np.float32) for T, p in own.items()})
-    picture = Path(cfg.out) / "samples.png"
-    save_histograms(picture, [shown])
-    print(toy_table(rows))
-    print(f"{picture}: data, MDLM at best, {name_of(cfg)}; {steps[0]} step"
-          f"{'s' if steps[0] > 1 else ''}")
-    return dict(toy=rows)
+    return dict(toy=show_toys(data, own, name_of(cfg), cfg.samples, Path(cfg.out)))
 
 
 if __name__ == "__main__":

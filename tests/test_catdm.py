@@ -730,7 +730,7 @@ def test_bits_per_character_and_the_best_end(monkeypatch):
     """ln 2 nats are one bit; the end is chosen on training data, for the sum of the parts."""
     seen = []
 
-    def fake(model, batches, draws, seed, pad_id, end, autocast):
+    def fake(model, batches, draws, seed, pad_id, end):
         x = torch.cat([x for x, _ in batches])
         seen.append((len(x), end))
         return torch.full((len(x), 3), math.log(2) + abs(end - 4.0), dtype=torch.float64)
