@@ -499,8 +499,6 @@ def load_batch(cfg: Config, data: Sequences, step: int, index: Tensor, ddp: comm
 
 def build(cfg: Config, data: Sequences) -> CADD:
     """The network, untrained. Raises RunError if its width does not suit rotary attention."""
-    if cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 2:
-        raise RunError(f"--dim {cfg.dim} must be an even multiple of --heads {cfg.heads}")
     return CADD(cfg, data.vocab_size)
 
 

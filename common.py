@@ -155,11 +155,12 @@ class TimeEmbedding(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Pre-norm attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero)."""
+    """Pre-norm attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero).
+    `causal`: no position sees a later one."""
 
-    def __init__(self, d: int, heads: int, cond_dim: int, dropout: float):
+    def __init__(self, d: int, heads: int, cond_dim: int, dropout: float, causal: bool = False):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.causal = heads, dropout, causal
         self.norm1, self.norm2 = LayerNorm(d), LayerNorm(d)
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.out = nn.Linear(d, d, bias=False)
@@ -181,7 +182,8 @@ class DiTBlock(nn.Module):
         h = self.norm1(x) * (1 + scale1) + shift1
         qkv = self.qkv(h).view(B, L, 3, self.heads, -1)
         q, k = rotate(qkv[:, :, :2], rope).transpose(1, 3).unbind(2)    # (B, heads, L, d_head)
-        h = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
+        v = qkv[:, :, 2].transpose(1, 2)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         h = self.out(h.transpose(1, 2).reshape(B, L, d))
         x = x + gate1 * F.dropout(h, self.dropout, self.training)
         h = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -199,12 +201,15 @@ class DiT(nn.Module):
 
     def __init__(
         self, rows: int, d: int, depth: int, heads: int, cond_dim: int = 128, dropout: float = 0.1,
-        length: int = 1024,
+        length: int = 1024, causal: bool = False,
     ):
         super().__init__()
+        if d % (2 * heads):
+            raise RunError(f"--dim {d} must be an even multiple of --heads {heads}")
         self.embed = nn.Embedding(rows, d) if rows else None
         self.time = TimeEmbedding(cond_dim)
-        self.blocks = nn.ModuleList(DiTBlock(d, heads, cond_dim, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(d, heads, cond_dim, dropout, causal) for _ in range(depth))
         self.norm = LayerNorm(d)
         self.adaln = nn.Linear(cond_dim, 2 * d)
         self.register_buffer("rope", rope_table(length, d // heads), persistent=False)
@@ -252,24 +257,28 @@ class Attention(nn.Module):
         self.heads = heads
         self.q, self.kv, self.out = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
 
-    def forward(self, x: Tensor, memory: Tensor, not_pad: Tensor | None = None) -> Tensor:
-        """not_pad (B, M) is False at padding of the memory, which nobody sees; None: no padding."""
+    def forward(self, x: Tensor, memory: Tensor, not_pad: Tensor | None = None,
+                causal: bool = False) -> Tensor:
+        """not_pad (B, M) is False at padding of the memory, which nobody sees; None: no padding.
+        `causal` (without not_pad): position i sees the memory's first i + 1."""
         B, L, d = x.shape
         q = self.q(x).view(B, L, self.heads, -1).transpose(1, 2)          # (B, heads, L, d_head)
         kv = self.kv(memory).view(B, memory.shape[1], 2, self.heads, -1)
         k, v = kv.transpose(1, 3).unbind(2)                               # (B, heads, M, d_head)
         mask = None if not_pad is None else not_pad[:, None, None]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(h.transpose(1, 2).reshape(B, L, d))
 
 
 class PostNormBlock(nn.Module):
     """The original transformer's block: x = norm(x + f(x)) for self-attention, attention on the
-    encoder's output (decoders only) and an MLP with ReLU."""
+    encoder's output (decoders only) and an MLP with ReLU. `causal`: no position sees a later one,
+    so padding at the right needs no mask."""
 
-    def __init__(self, d: int, heads: int, ffn: int, dropout: float, cross: bool):
+    def __init__(self, d: int, heads: int, ffn: int, dropout: float, cross: bool,
+                 causal: bool = False):
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.causal = dropout, causal
         self.attention, self.norm1 = Attention(d, heads), nn.LayerNorm(d)
         if cross:
             self.cross, self.norm2 = Attention(d, heads), nn.LayerNorm(d)
@@ -277,14 +286,15 @@ class PostNormBlock(nn.Module):
         self.norm3 = nn.LayerNorm(d)
 
     def forward(
-        self, x: Tensor, not_pad: Tensor, memory: Tensor | None = None,
+        self, x: Tensor, not_pad: Tensor | None, memory: Tensor | None = None,
         memory_not_pad: Tensor | None = None,
     ) -> Tensor:
-        """x (B, L, d), not_pad (B, L); memory (B, M, d), memory_not_pad (B, M) in a decoder."""
+        """x (B, L, d), not_pad (B, L), None if causal; memory (B, M, d), memory_not_pad (B, M) in a
+        decoder."""
         def drop(h: Tensor) -> Tensor:
             return F.dropout(h, self.dropout, self.training)
 
-        x = self.norm1(x + drop(self.attention(x, x, not_pad)))
+        x = self.norm1(x + drop(self.attention(x, x, not_pad, self.causal)))
         if memory is not None:
             x = self.norm2(x + drop(self.cross(x, memory, memory_not_pad)))
         return self.norm3(x + drop(self.mlp(x)))
@@ -323,12 +333,13 @@ class EncoderDecoder(nn.Module):
     between embeddings of width e, and a head that predicts the target's length.
 
     The embeddings are the caller's. `length` is the most tokens of a sentence; `self_condition`
-    gives the decoder a second input, its previous estimate.
+    gives the decoder a second input, its previous estimate; `causal`: no position of the target
+    sees a later one.
     """
 
     def __init__(self, e: int, d: int, ffn: int, depth: int, heads: int, dropout: float,
                  length: int, self_condition: bool = True, init_std: float = 0.02,
-                 position_std: float = 0.02):
+                 position_std: float = 0.02, causal: bool = False):
         super().__init__()
         if d % heads:
             raise RunError(f"--dim {d} must be a multiple of --heads {heads}")
@@ -341,8 +352,8 @@ class EncoderDecoder(nn.Module):
         if self_condition:
             self.previous = nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, d))
         self.encoder, self.decoder = (
-            nn.ModuleList(PostNormBlock(d, heads, ffn, dropout, cross) for _ in range(depth))
-            for cross in (False, True))
+            nn.ModuleList(PostNormBlock(d, heads, ffn, dropout, cross, causal and cross)
+                          for _ in range(depth)) for cross in (False, True))
         self.length_head = nn.Linear(d, LENGTH_CLASSES)
         normal_init(self, init_std)
         for table in (self.source_place, self.target_place):
@@ -358,10 +369,11 @@ class EncoderDecoder(nn.Module):
         mean = (h * not_pad[..., None]).sum(1) / not_pad.sum(1, keepdim=True)
         return h, self.length_head(mean).float()
 
-    def decode(self, z: Tensor, t: Tensor, previous: Tensor | None, not_pad: Tensor, memory: Tensor,
-               memory_not_pad: Tensor) -> Tensor:
+    def decode(self, z: Tensor, t: Tensor, previous: Tensor | None, not_pad: Tensor | None,
+               memory: Tensor, memory_not_pad: Tensor) -> Tensor:
         """Estimate (B, N, e) float32 from noisy z (B, N, e), times t (B,) in [0, 1] and the
-        previous estimate; memory (B, M, d) are the encoder's states."""
+        previous estimate; not_pad (B, N), None if causal; memory (B, M, d): the encoder's states.
+        """
         h = self.target_in(z)
         if previous is not None:
             h = self.previous(torch.cat([h, self.target_in(previous)], -1))
@@ -588,7 +600,8 @@ class RunConfig:
 
     steps: int = free(1_000_000, "training steps", 1, 10**9, **_OPT)
     lr: float = arg(3e-4, "learning rate", 0, 10, **_OPT)
-    lr_schedule: str = arg("constant", "after warm-up", choices=("constant", "cosine"), **_OPT)
+    lr_schedule: str = arg("constant", "after warm-up",
+                           choices=("constant", "cosine", "inverse_sqrt"), **_OPT)
     warmup: int = arg(2500, "warm-up steps", 0, 10**9, **_OPT)
     beta2: float = arg(0.999, "AdamW beta2 (beta1 is .9)", 0, 0.999999, **_OPT)
     weight_decay: float = arg(0.0, "AdamW weight decay", 0, 10, **_OPT)
@@ -617,20 +630,26 @@ class RunConfig:
 
 
 @dataclasses.dataclass
-class MaskedConfig(RunConfig):
-    """What cadd.py and vadd.py share beside: masked diffusion with MDLM's DiT and recipe."""
+class SequenceConfig(RunConfig):
+    """MDLM's DiT and recipe, for sequences of one length."""
 
-    alpha: str = arg("linear", "share of visible tokens: linear = 1 - t, cosine = 1 - sin(pi t/2)",
-                     choices=("linear", "cosine"))
     dim: int = arg(768, "width", 8, 65536, **_NET)
     depth: int = arg(12, "layers", 1, 1000, **_NET)
     heads: int = arg(12, "attention heads", 1, 1000, **_NET)
     dropout: float = arg(0.1, "dropout on residual branches", 0, 0.99, **_NET)
     batch_size: int = arg(512, "sequences per step, over all devices", 1, 10**7, **_OPT)
     micro_batch: int = free(64, "most sequences one device takes at once", 1, 10**7, **_OPT)
-    sample_steps: int = free(256, "sampling steps T, one network call each", 1, 10**6, **_SAMPLE)
     temperature: float = free(1.0, "of the token draw", 0, 100, **_SAMPLE)
     top_p: float = free(1.0, "nucleus of the token draw", 1e-6, 1, **_SAMPLE)
+
+
+@dataclasses.dataclass
+class MaskedConfig(SequenceConfig):
+    """What cadd.py and vadd.py share beside: masked diffusion."""
+
+    alpha: str = arg("linear", "share of visible tokens: linear = 1 - t, cosine = 1 - sin(pi t/2)",
+                     choices=("linear", "cosine"))
+    sample_steps: int = free(256, "sampling steps T, one network call each", 1, 10**6, **_SAMPLE)
     eval_draws: int = free(1, "draws of the noise per sequence", 1, 10**6, **_EVAL)
 
 

@@ -704,9 +704,12 @@ def script_of(out: Path) -> ModuleType:
     if not checkpoint.exists():
         raise RunError(f"{out} is not a run folder: it has no checkpoint.pt")
     method = common.read_checkpoint(checkpoint, mmap=True)["method"]
-    if not Path(__file__).with_name(f"{method}.py").exists():
-        raise RunError(f"{out} was made by {method}.py, and there is no such script here")
-    return importlib.import_module(method)
+    home = Path(__file__).resolve().parent
+    for folder in (home, home / "results"):  # ar_baseline.py stands there
+        if (folder / f"{method}.py").exists():
+            sys.path.append(str(folder))
+            return importlib.import_module(method)
+    raise RunError(f"{out} was made by {method}.py, and there is no such script here")
 
 
 def score_run(out: Path, split: str, flags: list[str], extra: list[str]) -> dict:

@@ -605,8 +605,7 @@ def kl_weight(step: int, cfg: Config) -> float:
 
 
 def build(cfg: Config, data: Sequences) -> VADD:
-    if cfg.net == "dit" and (cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 2):
-        raise RunError(f"--dim {cfg.dim} must be an even multiple of --heads {cfg.heads}")
+    """The networks, untrained. Raises RunError if a DiT's width does not suit its heads."""
     return VADD(cfg, data.vocab_size)
 
 
