@@ -107,8 +107,6 @@ class Config(common.RunConfig):
     batch_tokens: int = arg(8192, "translation: tokens of a step's sentences", 8, 10**8, **_OPT)
     micro_tokens: int = free(32_768, "translation: most tokens on a device", 1, 10**9, **_OPT)
     lr: float = arg(4.5e-4, "learning rate", 0, 10, **_OPT)
-    lr_schedule: str = arg("constant", "after warm-up",
-                           choices=("constant", "cosine", "inverse_sqrt"), **_OPT)
     warmup: int = arg(1000, "warm-up steps", 0, 10**9, **_OPT)
     beta2: float = arg(0.96, "AdamW beta2 (beta1 is .9)", 0, 0.999999, **_OPT)
     weight_decay: float = arg(0.045, "AdamW weight decay, not of embeddings", 0, 10, **_OPT)

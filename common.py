@@ -724,7 +724,7 @@ def parse_config(script: ModuleType, argv: list[str] | None = None) -> Any:
     if not cfg.out:
         cfg.out = f"runs/{method}-{Path(dataset).resolve().name if key == 'folder' else dataset}"
     if cfg.mode in ("sample", "eval"):
-        saved = read_checkpoint(Path(cfg.out) / "checkpoint.pt", method)["config"]
+        saved = read_checkpoint(Path(cfg.out) / "checkpoint.pt", method, mmap=True)["config"]
         check_same_run(saved, given, cls)
         kept = {f.name: saved[f.name] for f in fields
                 if f.name in saved and f.name not in ("mode", "out", "device", "save")}
@@ -1288,7 +1288,7 @@ def report(script: ModuleType, cfg: RunConfig, ddp: DDP, data: Any, run: Run) ->
         print(f"entropy of {data.name}/{cfg.split}: "
               + ", ".join(f"{k} {v:.3f}" for k, v in values.items()) + f" {name.split('_')[-1]}")
     print_figures(figures)
-    print(f"{file}: {run.step} steps, {run._facts()['train_seconds'] / 60:.1f} minutes of training")
+    print(f"{file}: {run.step} steps, {run._seconds / 60:.1f} minutes of training")
 
 
 def open_run(script: ModuleType, out: str, flags: list[str]
