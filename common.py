@@ -333,28 +333,31 @@ class EncoderDecoder(nn.Module):
     between embeddings of width e, and a head that predicts the target's length.
 
     The embeddings are the caller's. `length` is the most tokens of a sentence; `self_condition`
-    gives the decoder a second input, its previous estimate; `causal`: no position of the target
-    sees a later one.
+    gives the decoder a second input, its previous estimate; `source_norm`: the encoder's input is
+    normed; `length_bias`: the head has one; `causal`: no position of the target sees a later one.
     """
 
     def __init__(self, e: int, d: int, ffn: int, depth: int, heads: int, dropout: float,
                  length: int, self_condition: bool = True, init_std: float = 0.02,
-                 position_std: float = 0.02, causal: bool = False):
+                 position_std: float = 0.02, causal: bool = False, source_norm: bool = True,
+                 length_bias: bool = True):
         super().__init__()
-        if d % heads:
-            raise RunError(f"--dim {d} must be a multiple of --heads {heads}")
+        if d % heads or d % 2:
+            raise RunError(f"--dim {d} must be even and a multiple of --heads {heads}")
         self.d, self.dropout = d, dropout
         self.source_in, self.target_in = (nn.Linear(e, d, bias=False) for _ in range(2))
         self.out = nn.Linear(d, e, bias=False)
         self.source_place, self.target_place = (nn.Embedding(length, d) for _ in range(2))
-        self.source_norm, self.target_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.source_norm = nn.LayerNorm(d) if source_norm else nn.Identity()
+        self.target_norm = nn.LayerNorm(d)
         self.time = nn.Sequential(nn.Linear(d, 4 * d), nn.ReLU(), nn.Linear(4 * d, d))
         if self_condition:
-            self.previous = nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, d))
+            self.previous = nn.Sequential(
+                nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, d), nn.Dropout(dropout))
         self.encoder, self.decoder = (
             nn.ModuleList(PostNormBlock(d, heads, ffn, dropout, cross, causal and cross)
                           for _ in range(depth)) for cross in (False, True))
-        self.length_head = nn.Linear(d, LENGTH_CLASSES)
+        self.length_head = nn.Linear(d, LENGTH_CLASSES, bias=length_bias)
         normal_init(self, init_std)
         for table in (self.source_place, self.target_place):
             nn.init.normal_(table.weight, std=position_std)
@@ -367,7 +370,8 @@ class EncoderDecoder(nn.Module):
         for block in self.encoder:
             h = block(h, not_pad)
         mean = (h * not_pad[..., None]).sum(1) / not_pad.sum(1, keepdim=True)
-        return h, self.length_head(mean).float()
+        with torch.autocast(h.device.type, enabled=False):  # bfloat16 ties the best lengths
+            return h, self.length_head(mean.float())
 
     def decode(self, z: Tensor, t: Tensor, previous: Tensor | None, not_pad: Tensor | None,
                memory: Tensor, memory_not_pad: Tensor) -> Tensor:
@@ -746,6 +750,18 @@ def check_same_run(saved: dict, wanted: dict, cls: type) -> None:
 # ---------------------------------------------------------------------------------------------
 # Processes, devices, noise
 # ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Full float32: neither autocast nor TF32, wherever something is scored or drawn."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclasses.dataclass

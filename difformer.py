@@ -65,9 +65,10 @@ class Config(common.RunConfig):
     # Noise
     T: int = arg(2000, "diffusion steps", 2, 10**6)
     schedule: str = arg("sqrt", "noise schedule", choices=("linear", "cosine", "sqrt"))
-    dgs_max: float = arg(0.15, "degeneration score that the noise may leave", 0.001, 1)
-    factor: float = arg(0.0, "rescaling factor F; 0: found for dgs_max, 1: no rescaling", 0, 1e4)
-    rescaling: str = arg("plain", "plain (Eq. 3, in training only) or vp (Eq. 8)",
+    dgs_max: float = arg(0.15, "degeneration score that F is found for", 0.001, 1)
+    factor: float = arg(0.0, "rescaling factor F; 0: found for dgs_max, to the nearest .5; 1: no "
+                        "rescaling", 0, 1e4)
+    rescaling: str = arg("plain", "plain (Eq. 3) or vp (Eq. 8), in training only",
                          choices=("plain", "vp"))
     # Loss
     loss: str = arg("anchor", "beside the squared error: anchor, rounding or none (Table 1)",
@@ -82,9 +83,11 @@ class Config(common.RunConfig):
     depth: int = arg(6, "layers of encoder and decoder each", 1, 1000, **_NET)
     heads: int = arg(8, "attention heads", 1, 1000, **_NET)
     dropout: float = arg(0.1, "dropout", 0, 0.99, **_NET)
-    # The paper's code starts everything at .02, as BERT; narrow networks do not train from there.
+    # The authors' code: .02, as BERT, for decoder and embeddings, and --fairseq_encoder. Narrow
+    # networks do not train from .02.
     init_std: float = arg(0.02, "initial linear weights; 0: fan-in^-1/2", 0, 10, **_NET)
     embed_std: float = arg(0.02, "initial embeddings and positions", 1e-6, 10, **_NET)
+    fairseq_encoder: bool = arg(False, "the encoder's weights start as fairseq's", **_NET)
     # Optimisation (Table 21)
     steps: int = free(300_000, "training steps", 1, 10**9, **_OPT)
     batch_tokens: int = arg(65_536, "tokens per step over all devices, counting each pair's "
@@ -104,7 +107,7 @@ class Config(common.RunConfig):
     length_beam: int = free(3, "b1: lengths tried, around the predicted one", 1, 256, **_SAMPLE)
     noise_beam: int = free(3, "b2: noises tried for each length", 1, 10**4, **_SAMPLE)
     length: int = free(0, "tokens of the output; 0: by the length head", 0, 4096, **_SAMPLE)
-    clamp: bool = free(False, "round z0-hat to the nearest embedding at each step", **_SAMPLE)
+    clamp: bool = free(False, "each z0-hat becomes its likeliest token's embedding", **_SAMPLE)
     sample_batch: int = free(64, "sentences decoded at once (times beams)", 1, 10**6, **_SAMPLE)
     source: str = free("", "translate this text, or each line of this file", **_SAMPLE)
     samples: int = free(4, "sentences of the split, without --source", 1, 10**7, **_SAMPLE)
@@ -150,32 +153,37 @@ def alpha_bar(t: np.ndarray, schedule: str) -> np.ndarray:
 
 
 class Noise(nn.Module):
-    """T steps of z_t = signal_t z_0 + sigma_t eps; in training sigma_t is `factor` times larger.
+    """T steps of z_t = signal_t z_0 + sigma_t eps, with more noise, by the factor F, in training.
 
-    signal (T,) is sqrt(alpha-bar), sigma (T,) sqrt(1 - alpha-bar), both float64. `factor` is F of
-    Eq. 3; it is 1 in the variance-preserving variant, whose F is in alpha-bar.
+    In sampling signal (T,) is sqrt(alpha-bar), sigma (T,) sqrt(1 - alpha-bar), both float64; in
+    training they are the rows of `trained` (2, T), by Eq. 3 (plain) or Eq. 8 (vp).
     """
 
     def __init__(self, schedule: str, factor: float, rescaling: str, T: int):
         """The paper leaves the steps open; these are the authors': beta_i is one minus the ratio
         of alpha-bar at (i+1)/T and i/T, at most .999, and alpha-bar_i the product of 1 - beta."""
         super().__init__()
-        bar = alpha_bar(np.arange(T + 1) / T, schedule)                    # (T + 1,)
+        def in_steps(bar: np.ndarray) -> tuple[Tensor, Tensor]:            # (T + 1,) -> (T,) each
+            beta = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+            bar = torch.from_numpy(np.cumprod(1 - beta))
+            return bar.sqrt(), (1 - bar).sqrt()
+
+        bar = alpha_bar(np.arange(T + 1) / T, schedule)
+        signal, sigma = in_steps(bar)
+        trained = signal, factor * sigma                                   # Eq. 3
         if rescaling == "vp":
             # Eq. 8; SNR / F^2, so it is CATDM's shift of the log-SNR by s = -2 ln F.
-            bar = bar / (factor**2 - (factor**2 - 1) * bar)
-        beta = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
-        bar = torch.from_numpy(np.cumprod(1 - beta))
-        self.register_buffer("signal", bar.sqrt(), persistent=False)
-        self.register_buffer("sigma", (1 - bar).sqrt(), persistent=False)
-        self.factor = factor if rescaling == "plain" else 1.0
+            trained = in_steps(bar / (factor**2 - (factor**2 - 1) * bar))
+        self.register_buffer("signal", signal, persistent=False)
+        self.register_buffer("sigma", sigma, persistent=False)
+        self.register_buffer("trained", torch.stack(trained), persistent=False)
 
     def at(self, index: Tensor, train: bool = False) -> tuple[Tensor, Tensor]:
         """(signal, sigma) (...) at step indices (...) of 0..T-1; index -1 is clean data: (1, 0).
-        Eq. 3's F applies in training alone (C.7: in sampling it costs a point of BLEU)."""
-        clean, scale = index < 0, self.factor if train else 1.0
-        return (torch.where(clean, 1.0, self.signal[index]),
-                torch.where(clean, 0.0, scale * self.sigma[index]))
+        F applies in training alone (C.7: in sampling it costs a point of BLEU)."""
+        signal, sigma = self.trained if train else (self.signal, self.sigma)
+        clean = index < 0
+        return torch.where(clean, 1.0, signal[index]), torch.where(clean, 0.0, sigma[index])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -263,6 +271,20 @@ def dgs(cfg: Config) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+def fairseq_init(net: common.EncoderDecoder) -> None:
+    """The encoder's weights as fairseq starts them, which is where the authors' code leaves them:
+    positions N(0, 1 / d), attention Xavier-uniform, else PyTorch's own; d = dim."""
+    nn.init.normal_(net.source_place.weight, std=net.d**-0.5)
+    for layer in (net.source_in, *net.encoder.modules()):
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    for attention in (block.attention for block in net.encoder):
+        for weight in (attention.q.weight, *attention.kv.weight.detach().chunk(2)):
+            nn.init.xavier_uniform_(weight, 2**-0.5)
+        nn.init.xavier_uniform_(attention.out.weight)
+        nn.init.zeros_(attention.out.bias)
+
+
 class Difformer(nn.Module):
     """z0hat(z_t, x, t): an encoder reads x, a decoder denoises z_t; the loss is its forward.
 
@@ -275,9 +297,12 @@ class Difformer(nn.Module):
         self.cfg, self.V, self.compiled = cfg, vocab_size, ()
         self.net = common.EncoderDecoder(
             cfg.embed_dim, cfg.dim, cfg.ffn, cfg.depth, cfg.heads, cfg.dropout, cfg.max_length,
-            init_std=cfg.init_std, position_std=cfg.embed_std)
+            init_std=cfg.init_std, position_std=cfg.embed_std, source_norm=False,
+            length_bias=False)
         self.embed = nn.Embedding(vocab_size, cfg.embed_dim)
         nn.init.normal_(self.embed.weight, std=cfg.embed_std)
+        if cfg.fairseq_encoder:
+            fairseq_init(self.net)
         if cfg.embeddings:  # z_0 is given and never trained
             rows, wanted = np.load(cfg.embeddings), (vocab_size, cfg.embed_dim)
             if rows.shape != wanted:
@@ -368,8 +393,8 @@ def sample(model: Difformer, memory: Tensor, memory_not_pad: Tensor, not_pad: Te
     """Yields tokens (B, N), PAD where `not_pad` (B, N) is False, after each network call.
 
     The next z is drawn from q(z_s | z_t, z0hat) of the schedule *without* F (C.7), noise at every
-    step; the tokens are the argmax of z0hat's logits, never of z_t's. `clamp` rounds z0hat to the
-    nearest embedding.
+    step; the tokens are the argmax of z0hat's logits, never of z_t's. `clamp` puts their
+    embeddings in z0hat's place, also as the next call's estimate (the authors' code).
     """
     noise = dict(device=not_pad.device, generator=generator)
     z = torch.randn(*not_pad.shape, model.cfg.embed_dim, **noise)
@@ -378,11 +403,13 @@ def sample(model: Difformer, memory: Tensor, memory_not_pad: Tensor, not_pad: Te
     steps = steps.split(1)  # (1,) each, since indexing with a number would wait for the device
     for t, s in zip(steps, steps[1:]):
         z0_hat = model.denoise(z, t.expand(len(z)), z0_hat, not_pad, memory, memory_not_pad)
-        tokens = model.logits(z0_hat).argmax(-1)
+        with common.exact(z.device):
+            tokens = model.logits(z0_hat).argmax(-1)
         yield torch.where(not_pad, tokens, PAD)
-        z0 = model.z0(tokens) if clamp else z0_hat
+        if clamp:
+            z0_hat = model.z0(tokens)
         mean, variance = common.gaussian_posterior(
-            z.double(), z0.double(), *model.noise.at(t), *model.noise.at(s))
+            z.double(), z0_hat.double(), *model.noise.at(t), *model.noise.at(s))
         z = (mean + variance.sqrt() * torch.randn(z.shape, **noise)).float()
 
 
@@ -608,7 +635,8 @@ def probe(model: Difformer, cfg: Config, data: PairData, ddp: common.DDP, times:
         for step, a, s in zip(steps, signal.float(), sigma.float()):
             z0_hat = model.denoise(a * z0 + s * eps, step.expand(len(y)), torch.zeros_like(z0),
                                    not_pad, memory, memory_not_pad)
-            ce.append(F.cross_entropy(model.logits(z0_hat)[not_pad], y[not_pad]).item())
+            with common.exact(z0.device):
+                ce.append(F.cross_entropy(model.logits(z0_hat)[not_pad], y[not_pad]).item())
     return dict(cross_entropy=ce, signal=signal, sigma=sigma,
                 embeddings=model.embedding_matrix().cpu())
 

@@ -74,10 +74,11 @@ def test_rescaling_divides_the_snr_by_f_squared():
     a, s = one.at(index, train=True)
     b, r = Noise("sqrt", 4.0, "plain", 2000).at(index, train=True)
     assert torch.allclose(b**2 / r**2, a**2 / s**2 / 16)
-    assert all(map(torch.equal, Noise("sqrt", 4.0, "plain", 2000).at(index), (a, s)))
+    for rescaling in ("plain", "vp"):  # C.7: not in sampling
+        assert all(map(torch.equal, Noise("sqrt", 4.0, rescaling, 2000).at(index), (a, s)))
     # Eq. 8 acts on alpha-bar(t), which at t = 0 is 1 for "linear": there it is exact.
     a, s = Noise("linear", 1.0, "plain", 2000).at(index)
-    b, r = Noise("linear", 4.0, "vp", 2000).at(index)
+    b, r = Noise("linear", 4.0, "vp", 2000).at(index, train=True)
     assert torch.allclose(b**2 / r**2, a**2 / s**2 / 16) and torch.allclose(b**2 + r**2,
                                                                             torch.ones_like(b))
 
@@ -218,11 +219,11 @@ def test_the_network_is_pytorchs_transformer(model):
         p.data += 0.1 * torch.randn_like(p)
     x, y, _, eps = batch(model)
     memory, memory_not_pad, length_logits = model.encode(x)
-    h = net.source_norm(net.source_in(model.embed(x) * 8**0.5) + net.source_place.weight[:6])
+    h = net.source_in(model.embed(x) * 8**0.5) + net.source_place.weight[:6]
     h = layer(torch.nn.TransformerEncoderLayer, net.encoder[0])(h, src_key_padding_mask=x == 0)
     assert torch.allclose(memory[x > 0], h[x > 0], atol=1e-5)
     means = torch.stack([row[ids > 0].mean(0) for row, ids in zip(h, x)])
-    assert torch.allclose(length_logits, net.length_head(means), atol=1e-5)
+    assert torch.allclose(length_logits, means @ net.length_head.weight.T, atol=1e-5)
 
     index, previous = torch.tensor([0, 700, 1500, 1999]), torch.randn(4, 8, 8)
     found = model.denoise(eps, index, previous, y > 0, memory, memory_not_pad)
@@ -233,6 +234,41 @@ def test_the_network_is_pytorchs_transformer(model):
     h = layer(torch.nn.TransformerDecoderLayer, net.decoder[0])(
         h, memory, tgt_key_padding_mask=y == 0, memory_key_padding_mask=x == 0)
     assert torch.allclose(found[y > 0], net.out(h)[y > 0], atol=1e-4)
+
+
+def test_the_encoder_can_start_as_fairseqs():
+    """Xavier's bounds (6 / (in + out))^.5, 2^-.5 of that for q, k and v; PyTorch's own: in^-.5."""
+    def network(fairseq):
+        torch.manual_seed(0)
+        return Difformer(Config(embed_dim=32, dim=64, ffn=128, depth=1, heads=2, factor=1.0,
+                                fairseq_encoder=fairseq), 5)
+    model, other = network(True), network(False)
+    [block] = model.net.encoder
+    layers = block.attention.q, block.attention.kv, block.attention.out, block.mlp[0], block.mlp[2]
+    (q, q_bias), (kv, kv_bias), (out, out_bias), (up, up_bias), (down, down_bias) = (
+        layer.parameters() for layer in layers)
+    start, small, large = model.net.source_in.weight, 64**-0.5, 128**-0.5
+    for values, bound in [(q, 1.5**0.5 * small), (kv, 1.5**0.5 * small), (out, 3**0.5 * small),
+                          (q_bias, small), (kv_bias, small), (up, small), (up_bias, small),
+                          (down, large), (down_bias, large), (start, 32**-0.5)]:
+        # The largest of n >= 64 uniform draws is below .9 of the bound with probability .9^n.
+        assert 0.9 * bound < values.abs().max() <= bound
+    assert not out_bias.any()
+    place = model.net.source_place.weight  # 256 x 64 normal draws
+    assert place.std().item() == pytest.approx(small, rel=0.03) and place.abs().max() > 3 * small
+    for name, values in other.state_dict().items():
+        kept = not name.startswith(("net.source", "net.encoder")) or "norm" in name
+        assert torch.equal(values, model.state_dict()[name]) == (
+            kept or name.endswith("attention.out.bias")), name
+
+
+def test_the_self_conditioning_mlp_ends_with_dropout():
+    net = Difformer(Config(**SMALL | dict(dropout=0.5)), 20).net
+    both = torch.randn(64, 32)
+    dropped, whole = net.previous(both), net.eval().previous(both)
+    gone = dropped == 0
+    assert torch.allclose(dropped, torch.where(gone, 0, 2 * whole))
+    assert 0.4 < gone.float().mean() < 0.6  # of 1,024: six standard deviations
 
 
 def test_self_conditioning_passes_no_gradient(model, monkeypatch):
@@ -323,7 +359,6 @@ def test_sampling_follows_the_posterior(model, clamp):
     steps = [1999, 1499, 1000, 500, 0]
     assert [index for _, index, _ in seen] == [[s, s] for s in steps[:4]]
     assert not seen[0][2].any()
-    assert all(torch.equal(seen[i + 1][2], estimates[i]) for i in range(3))
     rng = torch.Generator().manual_seed(3)
     z, bar = torch.randn(2, 3, 8, generator=rng), model.noise.signal**2
     assert torch.equal(seen[0][0], z)
@@ -331,6 +366,7 @@ def test_sampling_follows_the_posterior(model, clamp):
         ids = (estimates[i] @ model.embed.weight.T).argmax(-1)
         assert torch.equal(tokens[i], ids)
         z0 = model.z0(ids) if clamp else estimates[i]
+        assert torch.equal(seen[i + 1][2], z0)
         now, then = bar[steps[i]], bar[steps[i + 1]]
         alpha = now / then  # of the steps between; the posterior as in appendix B
         mean = (then.sqrt() * (1 - alpha) * z0 + alpha.sqrt() * (1 - then) * z) / (1 - now)
@@ -344,6 +380,13 @@ def pair_data(texts, length=16):
     codec = data.BPECodec(data.learn_bpe([t for pair in texts for t in pair], 260))
     train = tuple(data.Sentences.encode(side, codec) for side in zip(*texts))
     return PairData("toy", length, codec, train, {"valid": texts, "test": texts})
+
+
+def predict(model, difference):
+    """Make the length head say: so many tokens more than the source."""
+    model.net.length_head = torch.nn.Linear(16, 256)
+    with torch.no_grad():
+        model.net.length_head.bias[128 + difference] = 100.0
 
 
 def test_hard_input_is_translated_line_by_line(capsys):
@@ -365,8 +408,7 @@ def test_the_length_is_predicted_or_given(wanted):
     pairs = pair_data([("a b", "b a")])
     cfg = Config(**SMALL, K=1, length_beam=3, noise_beam=2, length=wanted)
     model = Difformer(cfg, pairs.vocab_size)
-    with torch.no_grad():
-        model.net.length_head.bias[128 + 2] = 100.0  # two more than the source
+    predict(model, 2)
     seen = []
     model.denoise = lambda z, i, p, not_pad, memory, memory_not_pad: (
         seen.append((not_pad.sum(1).tolist(), memory, memory_not_pad)), torch.zeros_like(z))[1]
@@ -395,8 +437,8 @@ def test_the_choice_is_among_real_tokens_and_so_are_its_steps(monkeypatch):
                  show_steps=True)
     torch.manual_seed(0)
     model = Difformer(cfg, pairs.vocab_size)
+    predict(model, 13 - len(pairs.encode("a b a")))
     with torch.no_grad():
-        model.net.length_head.bias[128 + 13 - len(pairs.encode("a b a"))] = 100.0
         model.embed.weight[data.PAD] = 0  # no prediction
     seen, decode = [], model.denoise
     monkeypatch.setattr(difformer, "choose", lambda c: seen.append(c) or len(c) - 1)
@@ -427,11 +469,29 @@ def test_impossible_decoding_is_refused(model):
             next(difformer.translate(model, ["a"], pairs, Config(**SMALL, **wrong), ALONE))
 
 
-def test_logits_are_float32_under_autocast(model):
-    z = model.z0(torch.arange(20))
+def test_logits_are_float32_under_autocast(model, monkeypatch):
+    """The vocabulary's, without TF32 where they are read or scored, and the length's."""
+    z, seen = model.z0(torch.arange(20)), []
     with torch.autocast("cpu", torch.bfloat16):
         logits = model.logits(z)
+        h, _, lengths = model.encode(torch.tensor([[3, 4]]))
     assert torch.equal(logits, z @ model.embed.weight.T)
+    assert torch.equal(lengths, h.mean(1) @ model.net.length_head.weight.T)
+
+    def spy(z):
+        seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        return z @ model.embed.weight.T
+    pairs, ddp = pair_data([("a", "b")]), dataclasses.replace(ALONE, amp=True)
+    model = Difformer(model.cfg, pairs.vocab_size)
+    monkeypatch.setattr(model, "logits", spy)
+    torch.set_float32_matmul_precision("high")
+    try:
+        list(difformer.translate(model, ["a"], pairs, Config(**SMALL, K=2), ddp))
+        difformer.probe(model, model.cfg, pairs, ddp, np.array([0.5]))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("highest", False)] * 2
 
 
 # ------------------------------------------------------------------------- training
@@ -696,6 +756,7 @@ def test_presets_name_fields():
         assert Config(**row)
 
 
-def test_heads_must_divide_the_width():
-    with pytest.raises(RunError, match="multiple of --heads"):
-        Difformer(Config(**{**SMALL, "dim": 9}), 5)
+@pytest.mark.parametrize("dim, heads", [(10, 4), (33, 3)])
+def test_heads_and_two_must_divide_the_width(dim, heads):
+    with pytest.raises(RunError, match=f"--dim {dim} must be even and a multiple of --heads"):
+        Difformer(Config(**{**SMALL, "dim": dim, "heads": heads}), 5)
