@@ -126,6 +126,16 @@ def test_search_reproduces_tables_14_and_17():
     assert [round(2 * f) / 2 for f in vp] == [9.5, 4.5]
 
 
+def test_the_model_takes_the_factor_found_to_the_nearest_half(monkeypatch):
+    """As Table 19's; Algorithm 1 would round up. So DGS may end a little above dgs_max."""
+    seen = []
+    monkeypatch.setattr(difformer, "search_factor", lambda *args: seen.append(args) or 3.2)
+    model = Difformer(Config(**SMALL | dict(factor=0.0, schedule="cosine", dgs_max=0.3, T=100,
+                                            rescaling="vp")), 20)
+    assert seen == [("cosine", 0.3, 20, 8, "vp", 100)] and model.factor == 3.0
+    assert torch.equal(model.noise.trained, Noise("cosine", 3.0, "vp", 100).trained)
+
+
 def test_dgs_of_table_2_and_by_monte_carlo():
     for schedule, paper in (("linear", 0.47), ("cosine", 0.77), ("sqrt", 0.77)):
         noise = Noise(schedule, 1.0, "plain", 2000)
@@ -234,6 +244,10 @@ def test_the_network_is_pytorchs_transformer(model):
     h = layer(torch.nn.TransformerDecoderLayer, net.decoder[0])(
         h, memory, tgt_key_padding_mask=y == 0, memory_key_padding_mask=x == 0)
     assert torch.allclose(found[y > 0], net.out(h)[y > 0], atol=1e-4)
+    # CATDM's encoder has two parts more.
+    others = common.EncoderDecoder(8, 16, 16, 1, 2, 0.0, 16).state_dict()
+    assert set(others) - set(net.state_dict()) == {
+        "source_norm.weight", "source_norm.bias", "length_head.bias"}
 
 
 def test_the_encoder_can_start_as_fairseqs():
@@ -305,6 +319,8 @@ def test_losses_by_hand(model):
     classes = torch.tensor([5 - 6, 8 - 3, 8 - 6, 8 - 6]) + 128
     expected = -logits.log_softmax(-1)[range(4), classes].sum()
     assert length_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    [reached] = torch.autograd.grad(length_loss, model.embed.weight, retain_graph=True)
+    assert set(reached.any(1).nonzero()[:, 0].tolist()) == set(x[x > 0].tolist())
     right = ((out @ model.embed.weight.T).argmax(-1) == y)[not_pad].sum()
     by_hand = dict(square=mse, ce=ce, right=right, length_loss=expected, tokens=29, pairs=4)
     assert {k: v.item() for k, v in stats.items()} == pytest.approx(
@@ -462,6 +478,15 @@ def test_distinct_steps_are_printed(model, monkeypatch, capsys):
     assert capsys.readouterr().out == printed
 
 
+def test_flags_of_decoding_reach_the_sampler(monkeypatch):
+    pairs, seen, inner = pair_data([("a b", "b a")]), [], difformer.sample
+    cfg = Config(**SMALL, K=3, early_stop=1, clamp=True)
+    monkeypatch.setattr(difformer, "sample", lambda *args: (
+        seen.append(args[4:7]), inner(*args))[1])
+    list(difformer.translate(Difformer(cfg, pairs.vocab_size), ["a"], pairs, cfg, ALONE))
+    assert seen == [(3, 1, True)]
+
+
 def test_impossible_decoding_is_refused(model):
     pairs = pair_data([("a b", "b a")])
     for wrong in (dict(length=15), dict(K=2001)):
@@ -527,10 +552,11 @@ def test_parts_of_all_ranks_make_the_batch():
 
 
 def test_the_gradient_is_that_of_the_global_batch(model, monkeypatch):
-    """Per token of all ranks, .1 of the length loss per pair of all ranks, times the ranks that
+    """Per token of all ranks, .3 of the length loss per pair of all ranks, times the ranks that
     DDP divides by; parts add up. The loop also tells Run what its steps cost and where F is."""
     x, y, u, eps = batch(model)
-    cfg, pairs = Config(**SMALL, clip=1e6), pair_data([("a b", "b a"), ("b b", "a a a")])
+    cfg = Config(**SMALL, clip=1e6, length_weight=0.3)
+    pairs = pair_data([("a b", "b a"), ("b b", "a a a")])
     grads, total, told = [], {}, {}
 
     class Optimizer:
@@ -563,7 +589,7 @@ def test_the_gradient_is_that_of_the_global_batch(model, monkeypatch):
     monkeypatch.setattr(common, "Run", Run)
     monkeypatch.setattr(difformer, "build", lambda *_: model)
     loss, length_loss, expected = model(x, y, u, eps, False)
-    by_hand = torch.autograd.grad(loss / 300 + 0.1 * length_loss / 40, list(model.parameters()))
+    by_hand = torch.autograd.grad(loss / 300 + 0.3 * length_loss / 40, list(model.parameters()))
     parts = [difformer.Batch(*(v[i:i + 2] for v in (x, y, u, eps)), False) for i in (0, 2)]
     for batches, world in (([(x, y, u, eps, False)], 1), (parts, 1), (parts, 3)):
         total.clear()
@@ -686,18 +712,20 @@ def test_one_rank_translates(model):
     assert difformer.evaluate(model, model.cfg, None, other) == {}
 
 
-def test_reports_use_the_averaged_weights(run, monkeypatch):
-    inner, seen = difformer.evaluate, []
+def test_nothing_is_dropped_out_in_decoding(run, monkeypatch):
+    """After training, of a loaded run and in its diagnosis; TINY trains with dropout."""
+    seen, inner = [], Difformer.encode
 
-    def spy(model, *rest):
-        seen.append({k: v.clone() for k, v in model.state_dict().items()})
-        return inner(model, *rest)
-    monkeypatch.setattr(difformer, "evaluate", spy)
-    out = run(3)
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert all(torch.equal(v, state["ema"]["params"][k]) for k, v in seen[0].items())
-    assert not torch.equal(seen[0]["embed.weight"], state["model"]["embed.weight"])
-    assert state["ema"]["updates"] == 3
+    def spy(model, x):
+        seen.append((torch.is_grad_enabled(), model.training))
+        return inner(model, x)
+    monkeypatch.setattr(Difformer, "encode", spy)
+    folder = run(1)
+    for mode in ("eval", "sample"):
+        difformer.main(["--mode", mode, "--device", "cpu", "--out", str(folder)])
+    cfg, ddp, model, pairs, _ = common.open_run(difformer, str(folder), ["--device", "cpu"])
+    difformer.probe(model, cfg, pairs, ddp, np.array([0.5]))
+    assert seen == [(True, True)] + [(False, False)] * 5
 
 
 def test_eval_mode_writes_its_figures_and_settings(run, tmp_path):
