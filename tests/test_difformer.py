@@ -487,11 +487,11 @@ def test_flags_of_decoding_reach_the_sampler(monkeypatch):
     assert seen == [(3, 1, True)]
 
 
-def test_impossible_decoding_is_refused(model):
+def test_impossible_decoding_is_refused_before_training():
     pairs = pair_data([("a b", "b a")])
     for wrong in (dict(length=15), dict(K=2001)):
         with pytest.raises(RunError, match="--length is at most 14 and --K at most 2000"):
-            next(difformer.translate(model, ["a"], pairs, Config(**SMALL, **wrong), ALONE))
+            difformer.build(Config(**SMALL, **wrong), pairs)
 
 
 def test_logits_are_float32_under_autocast(model, monkeypatch):
