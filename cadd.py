@@ -429,7 +429,8 @@ def likelihoods(
     K: int = 1, t_min: float | None = None, autocast=contextlib.nullcontext,
 ) -> dict[str, Tensor]:
     """nll_prior, nll_joint and nll_discrete (without hints the three are one, nll_prior), in nats
-    per token, one estimate per sequence and draw: (sequences x draws,) float64. Batches (B, L).
+    per token, one estimate per sequence and draw: (sequences x draws,) float64; and `tokens` that
+    are no padding, which is given and not scored. Batches (B, L).
 
     The chain ends at t_min, 1e-5 or with hints 1e-3, where what is still hidden is revealed at
     once. That is what clamped times estimate: weight 1/t_min times their share t_min; no hint
@@ -452,11 +453,11 @@ def likelihoods(
             draw = Draw(x0, t, x_t, masked, masked & not_pad, not_pad.sum(1))
             shape = (*x0.shape, model.cfg.dim)
             eps = [torch.randn(shape, **noise) for _ in range(K if hint != "none" else 0)]
-            found.append([prior_bound(model, draw, eps, autocast)])
+            found.append([draw.tokens, prior_bound(model, draw, eps, autocast)])
             if hint != "none":
                 eps = torch.randn(shape, **noise)
                 found[-1] += joint_bound(model, draw, eps, t_min, autocast)
-    names = ("nll_prior", "nll_joint", "nll_discrete")
+    names = ("tokens", "nll_prior", "nll_joint", "nll_discrete")
     return {name: torch.cat(values) for name, values in zip(names, zip(*found))}
 
 
@@ -572,7 +573,8 @@ def evaluate(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict
     values = likelihoods(model, (x0 for x0, _ in batches), cfg.eval_draws,
                          common.fold_in(cfg.seed, ddp.rank), data.pad_id, cfg.K,
                          autocast=ddp.autocast)
-    figures = common.estimates(values, data, ddp, split=cfg.split)
+    figures = common.estimates(values, data, ddp, values.pop("tokens"), given="padding",
+                               split=cfg.split)
     for name, figure in figures.items():
         figure["is_bound"] = name != "nll_discrete"
     return figures

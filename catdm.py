@@ -534,9 +534,10 @@ def likelihoods(
     model: Denoiser, batches: Iterator[tuple[Tensor, Tensor | None]], draws: int, seed: int,
     pad_id: int | None = None, end: float = LOGSNR,
 ) -> Tensor:
-    """bound_terms of every sequence and draw: (sequences x draws, 3). Each row's sum estimates a
-    bound on -log p(x), or p(x | y). Times are low-discrepancy across the batch and across a
-    sequence's draws, so the naive standard error is on the safe side."""
+    """bound_terms of every sequence and draw, whose sum estimates a bound on -log p(x), or
+    p(x | y), given the padding; and how many tokens are none: (sequences x draws, 4). Times are
+    low-discrepancy across the batch and across a sequence's draws, so the naive standard error is
+    on the safe side."""
     rows = []
     for number, (x, y) in enumerate(batches):
         B, noise = len(x), dict(device=x.device, generator=torch.Generator(
@@ -546,7 +547,8 @@ def likelihoods(
         for k in range(draws):
             u = common.low_discrepancy_t(k * B + perm, B * draws, shift, 0.0)
             eps, eps0 = torch.randn(2, *x.shape, model.cfg.embed_dim, **noise)
-            rows.append(bound_terms(model, x, y, u, eps, eps0, not_pad, end))
+            terms = bound_terms(model, x, y, u, eps, eps0, not_pad, end)
+            rows.append(torch.cat([terms, not_pad.sum(1, keepdim=True)], 1))
     return torch.cat(rows)
 
 
@@ -781,19 +783,22 @@ def eval_batches(cfg: Config, data: Data, split: str, limit: int, ddp: common.DD
 def evaluate(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP) -> dict[str, dict]:
     """The bound and its parts on cfg.split, in bits per character (byte) or nats per token. For
     pairs also BLEU; in --mode eval for images with classes also grades of cfg.samples."""
-    def terms(split: str, limit: int, seed: int, end: float) -> Tensor:
+    def terms(split: str, limit: int, seed: int, end: float
+              ) -> tuple[Tensor, Tensor]:  # (n, 3) per token, tokens (n, 1)
         batches = eval_batches(cfg, data, split, limit, ddp)
         with ddp.autocast():
-            return likelihoods(model, batches, cfg.eval_draws, seed, data.pad_id, end)
+            found = likelihoods(model, batches, cfg.eval_draws, seed, data.pad_id, end)
+        return found.split([3, 1], 1)
 
     end = min(cfg.bound_end, cfg.logsnr_max)
     if cfg.bound_end > LOGSNR:  # the best on 128 training sequences
         end = min(dict.fromkeys(min(end, cfg.logsnr_max) for end in BOUND_ENDS), key=lambda end:
-                  ddp.sum(terms("train", 128, cfg.seed, end).sum()).item())
-    bound = terms(cfg.split, cfg.eval_sequences, common.fold_in(cfg.seed, ddp.rank), end)
+                  ddp.sum(torch.mul(*terms("train", 128, cfg.seed, end)).sum()).item())
+    seed = common.fold_in(cfg.seed, ddp.rank)
+    bound, tokens = terms(cfg.split, cfg.eval_sequences, seed, end)
     parts = dict(zip(("prior", "reconstruction", "diffusion"), bound.unbind(1)))
-    figures = common.estimates(
-        {"nll_bound": bound.sum(1), **parts}, data, ddp, split=cfg.split, end=end)
+    figures = common.estimates({"nll_bound": bound.sum(1), **parts}, data, ddp, tokens[:, 0],
+                               given="padding", split=cfg.split, end=end)
     if cfg.task == "pairs" and ddp.is_main:
         figures |= score_translations(translate_split(translate, model, cfg, data, ddp))
     if cfg.mode == "eval" and model.classes and ddp.is_main:

@@ -1240,21 +1240,29 @@ def eval_batches(data: Any, split: str, batch: int, limit: int, ddp: DDP, show: 
         yield ddp.put(ids), ddp.put(given)
 
 
-def estimates(values: dict[str, Tensor], data: Any, ddp: DDP, **facts: Any) -> dict[str, dict]:
-    """Means and standard errors over sequences and draws on all ranks, of figures (n,) in nats per
-    token: in bits per character or byte, nats per point (toys), or nats per token, then with the
-    perplexity of a likelihood. `facts` join each figure."""
+def estimates(values: dict[str, Tensor], data: Any, ddp: DDP, tokens: Tensor | None = None,
+              given: str = "", **facts: Any) -> dict[str, dict]:
+    """Means over tokens and standard errors over sequences and draws on all ranks, of figures (n,)
+    in nats per token: in bits per character or byte, nats per point (toys), or nats per token, then
+    with the perplexity of a likelihood. `facts` join each figure.
+
+    A sequence of tokens (n,) weighs as many; the error of this ratio is the delta method's. What is
+    `given` where a sequence is shorter than data.length, nobody pays for: the unit says so.
+    """
     scale, unit = {"token": (1.0, "nats/token"), "bin": (data.length, "nats/point")}.get(
         data.unit, (1 / math.log(2), f"bits/{data.unit}"))
     figures = {}
     for name, v in values.items():
-        v = v * scale
-        n, total, square = ddp.sum(torch.stack([torch.ones_like(v), v, v**2]).sum(1)).tolist()
+        v, w = v * scale, torch.ones_like(v) if tokens is None else tokens.to(v)
+        n, weight, total = ddp.sum(torch.stack([torch.ones_like(v), w, w * v]).sum(1)).tolist()
+        value = total / weight
+        square = ddp.sum((w * (v - value)).square().sum()).item()
+        short = given and weight < n * data.length
         figures[name] = dict(
-            value=total / n, stderr=math.sqrt(max(0.0, square / n - (total / n) ** 2) / n),
-            unit=unit, draws=int(n), **facts)
+            value=value, stderr=math.sqrt(square) / weight,
+            unit=f"{unit} given the {given}" if short else unit, draws=int(n), **facts)
         if data.unit == "token" and name.startswith("nll"):
-            figures[name]["perplexity"] = math.exp(total / n)
+            figures[name]["perplexity"] = math.exp(value)
     return figures
 
 

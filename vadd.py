@@ -542,7 +542,8 @@ def likelihoods(
     K: int = 1, bound_steps: tuple[int, ...] = (1,),
 ) -> dict[str, Tensor]:
     """nll_delbo and nll_bound_T for T in bound_steps, in nats per token, one estimate per sequence
-    and draw: (sequences x draws,) float64 each. Batches (B, L).
+    and draw: (sequences x draws,) float64 each; and `tokens` that are no padding, which is given
+    and not scored. Batches (B, L).
 
     The number of hidden positions is low-discrepancy across the batch and across a sequence's
     draws, so the naive standard error is on the safe side.
@@ -557,9 +558,9 @@ def likelihoods(
         for k in range(draws):
             even = common.low_discrepancy_t(k * B + perm, B * draws, shift, 0.0)
             n = (even * L).long().clamp_max(L - 1) + 1                    # (B,) in 1..L
-            found.append([delbo(model, x0, not_pad, n, K, generator)])
+            found.append([not_pad.sum(1), delbo(model, x0, not_pad, n, K, generator)])
             found[-1] += [bound(model, x0, not_pad, T, K, generator) for T in bound_steps]
-    names = ["nll_delbo", *(f"nll_bound_{T}" for T in bound_steps)]
+    names = ["tokens", "nll_delbo", *(f"nll_bound_{T}" for T in bound_steps)]
     return {name: torch.cat(values) for name, values in zip(names, zip(*found))}
 
 
@@ -706,7 +707,8 @@ def evaluate(model: VADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict
     with ddp.autocast():  # which leaves float64 alone
         values = likelihoods(model, (x0 for x0, _ in batches), cfg.eval_draws, seed, data.pad_id,
                              cfg.K, bound_steps(cfg))
-    figures = common.estimates(values, data, ddp, K=cfg.K, split=cfg.split)
+    figures = common.estimates(values, data, ddp, values.pop("tokens"), given="padding", K=cfg.K,
+                               split=cfg.split)
     for name, figure in figures.items():
         figure["is_bound"] = name != "nll_delbo" or not cfg.latent_dim
     return figures

@@ -227,8 +227,11 @@ def evaluate(model: Predictor, cfg: Config, data: Sequences | PairData, ddp: com
         return score_translations(rows)
     batches = common.eval_batches(data, cfg.split, cfg.micro_batch, cfg.eval_sequences, ddp)
     with ddp.autocast():
-        nll = [-log_likelihood(model, ids) / (ids != model.pad).sum(1) for ids, _ in batches]
-    return common.estimates({"nll": torch.cat(nll)}, data, ddp, split=cfg.split, exact=True)
+        rows = [(-log_likelihood(model, ids), (ids != model.pad).sum(1)) for ids, _ in batches]
+    nll, tokens = map(torch.cat, zip(*rows))
+    given = "padding" if data.eos_id is None else ""  # else a sequence's end is scored
+    return common.estimates({"nll": nll / tokens}, data, ddp, tokens, given, split=cfg.split,
+                            exact=True)
 
 
 def draw(model: Predictor, cfg: Config, data: Sequences | PairData, ddp: common.DDP,

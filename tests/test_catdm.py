@@ -121,7 +121,7 @@ def bounds(model, draws, end):
     """Bound on -log p(x) of all positions and its standard error for each of the nine states."""
     x = STATES.repeat_interleave(draws, 0)
     terms = catdm.likelihoods(model, iter([(x, None)]), 1, 0, end=end)
-    values = L * terms.sum(1).view(len(STATES), draws)
+    values = L * terms[:, :3].sum(1).view(len(STATES), draws)
     return values.mean(1), values.std(1) / math.sqrt(draws)
 
 
@@ -727,20 +727,27 @@ def test_pairs_go_from_source_to_target_and_over_ranks_and_micro_batches():
 
 
 def test_bits_per_character_and_the_best_end(monkeypatch):
-    """ln 2 nats are one bit; the end is chosen on training data, for the sum of the parts."""
+    """ln 2 nats are one bit; the end is chosen on training data, for the sum of the parts. Tokens
+    weigh alike: sentences of 1 and 15 tokens."""
     seen = []
 
     def fake(model, batches, draws, seed, pad_id, end):
         x = torch.cat([x for x, _ in batches])
         seen.append((len(x), end))
-        return torch.full((len(x), 3), math.log(2) + abs(end - 4.0), dtype=torch.float64)
+        tokens = torch.tensor([1.0, 15.0]).repeat(len(x) // 2)
+        nats = math.log(2) * torch.where(tokens > 1, 1.0, 16.0) + abs(end - 4.0)
+        # at end 8 sentences of one token, of which there are as many, cost nothing
+        nats = torch.where((tokens == 1) & (end == 8), 0.0, nats)
+        return torch.stack([nats, nats, nats, tokens], 1).double()
     monkeypatch.setattr(catdm, "likelihoods", fake)
     data = load_dataset("pydoc", length=16)
     cfg = Config(dataset="pydoc", length=16, eval_sequences=8)
     figures = catdm.evaluate(torch.nn.Identity(), cfg, data, CPU)
-    assert figures["nll_bound"]["value"] == pytest.approx(3.0)
-    assert figures["diffusion"]["value"] == pytest.approx(1.0)
-    assert figures["nll_bound"]["end"] == 4.0 and figures["nll_bound"]["unit"] == "bits/char"
+    mean = (16 + 15) / 16  # bits; by sentences 8.5
+    assert figures["nll_bound"]["value"] == pytest.approx(3 * mean)
+    assert figures["diffusion"]["value"] == pytest.approx(mean)
+    assert figures["nll_bound"]["end"] == 4.0
+    assert figures["nll_bound"]["unit"] == "bits/char given the padding"
     assert seen[-1] == (8, 4.0) and seen[:-1] == [(128, e) for e in catdm.BOUND_ENDS]
     seen.clear()  # a diffusion that ends at 1.5 cannot be charged beyond
     cfg.logsnr_max = 1.5

@@ -524,6 +524,25 @@ def test_estimates_by_hand():
     assert two["stderr"] == pytest.approx(figures["nll"]["stderr"] / math.sqrt(2))
 
 
+def test_a_figure_per_token_weighs_sequences_by_their_tokens():
+    """1 + 3 x 5 nats in 4 tokens. The delta method's error is the root of the squares of what rows
+    miss, 1 (1 - 4) and 3 (5 - 4), over the tokens. Rows as long as data.length are all scored."""
+    values, rows = {"nll": torch.tensor([1.0, 5.0]).double()}, torch.tensor([1, 3])
+    data = types.SimpleNamespace(unit="token", length=3)
+    [figure] = common.estimates(values, data, ddp(), rows, given="rest").values()
+    assert figure == dict(value=pytest.approx(4), unit="nats/token given the rest", draws=2,
+                          stderr=pytest.approx(math.sqrt(18) / 4),
+                          perplexity=pytest.approx(math.exp(4)))
+    two = common.estimates(values, data, Pair(0, 2, torch.device("cpu"), False), rows)["nll"]
+    assert (two["value"], two["unit"]) == (pytest.approx(4), "nats/token")
+    assert two["stderr"] == pytest.approx(figure["stderr"] / math.sqrt(2))
+    same, plain = (common.estimates(values, data, ddp(), *rest)["nll"]
+                   for rest in ([torch.tensor([3, 3]), "rest"], []))
+    assert same["unit"] == plain["unit"] == "nats/token"
+    for key in ("value", "stderr", "perplexity"):
+        assert same[key] == pytest.approx(plain[key], rel=1e-14)
+
+
 def test_samples_are_drawn_in_batches():
     """7 samples, 3 at once: the last of what each sampler yields, in order."""
     asked = []

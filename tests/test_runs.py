@@ -458,6 +458,40 @@ def test_eval_mode_writes_its_figures_and_settings(copy_of, tmp_path, data_dir, 
     assert json.loads((out / "eval.json").read_text())["config"]["eval_sequences"] in (3, 4)
 
 
+@pytest.mark.parametrize("name,figure,flags", [
+    ("cadd", "nll_prior", dict(hint="none", eval_draws=1)),
+    ("vadd", "nll_bound_2", dict(latent_dim=0, bound_steps="2")), ("ar_baseline", "nll", {})])
+def test_padding_is_given_and_the_unit_says_so(name, figure, flags):
+    """Symbols of probability 3/4 and 1/4, and padding. Rows of one length cost -log of a product
+    and have the sum of probabilities 1, all rows together 2, which the unit owns up to; and
+    long rows weigh more in a mean over rows."""
+    script, cpu = script_of(name), common.DDP(0, 1, torch.device("cpu"), False)
+    cfg = script.Config(dim=8, heads=1, depth=1, length=2, micro_batch=1000, **flags)
+    model = script.build(cfg, types.SimpleNamespace(vocab_size=3, pad_id=2)).eval()
+    p = torch.tensor([0.75, 0.25])
+    head = model.out if name == "ar_baseline" else model.head
+    head.bias.data[:3] = torch.cat([p.log(), torch.tensor([-1e4])])
+
+    def score(*rows):
+        rows = np.repeat(rows, 1000, 0)
+        data = data_module.Sequences("toy", 3, 2, "token", {"valid": rows}, pad_id=2)
+        found = script.evaluate(model, cfg, data, cpu)[figure]
+        assert found.get("is_bound", True) and found["stderr"] < 0.07
+        assert found["perplexity"] == pytest.approx(math.exp(found["value"]))
+        return found["value"], found["unit"], 4 * found["stderr"] + 1e-6  # only cadd's is not exact
+
+    total = {"nats/token": 0.0, "nats/token given the padding": 0.0}
+    for row in [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2)]:
+        nats, unit, error = score(row)
+        want = -math.log(math.prod(p[i].item() for i in row if i < 2))
+        assert nats == pytest.approx(want / (2 - row.count(2)), abs=error)
+        total[unit] += math.exp(-want)
+    assert list(total.values()) == pytest.approx([1, 1])  # hence all rows 2
+    nats, unit, error = score((0, 0), (1, 2))
+    assert nats == pytest.approx(-math.log(0.75**2 * 0.25) / 3, abs=error)
+    assert unit == "nats/token given the padding"
+
+
 BENCH = {**{name: [] for name in RUNS}, "catdm": ["--dataset", "imagenet", "--labels", ""]}
 
 
