@@ -819,7 +819,9 @@ def test_a_run_leaves_everything_it_should(run, capsys, flags):
     figures = result["figures"]
     parts = sum(figures[name]["value"] for name in ("prior", "reconstruction", "diffusion"))
     assert figures["nll_bound"]["value"] == pytest.approx(parts)
-    assert figures["nll_bound"]["unit"] == ("bits/char" if flags == TEXT else "nats/token")
+    given = " given the padding" if flags == PAIRS else ""
+    unit = "bits/char" if flags == TEXT else "nats/token"
+    assert figures["nll_bound"]["unit"] == unit + given
     assert figures["nll_bound"]["end"] in catdm.BOUND_ENDS
     first = json.loads((out / "log.jsonl").read_text().splitlines()[0])["start"]
     assert {"argv", "config", "commit", "torch", "hardware"} <= set(first)

@@ -321,10 +321,12 @@ def test_two_steps_of_two_parameters_by_hand(run, monkeypatch, flags):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_noise_differs_between_steps_and_data_too(run, name, monkeypatch):
-    """With the same batch at every step and no learning the losses differ by their noise alone;
-    and no two steps read the same data."""
-    kept = {}
+def test_noise_differs_between_steps_and_data_too(run, name, monkeypatch, at_step):
+    """With the same batch at every step and no learning the losses differ by their noise alone,
+    each kind of which is new; and no two steps read the same data."""
+    kept, noise = {}, []
+    at_step(0, lambda run: run._model.register_forward_pre_hook(lambda _, batch: noise.append(
+        [x for x in batch if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim()])))
     for kind in (data_module.Sequences, data_module.PairData):
         def first(self, seed, step, *rest, inner=kind.train_batch):
             kept[step] = inner(self, seed, step, *rest).ids
@@ -336,6 +338,8 @@ def test_noise_differs_between_steps_and_data_too(run, name, monkeypatch):
     losses = [next(v for k, v in r.items() if k in (
         "bound_nats", "delbo_nats", "loss", "mse")) for r in lines]
     assert len(set(losses)) == 4
+    for kind in zip(*noise, strict=True):
+        assert len({x.numpy().tobytes() for x in kind}) == len(kind) == 4
     batches = [kept[step].tobytes() for step in range(4)]
     assert len(set(batches)) == 4
 
@@ -456,6 +460,35 @@ def test_eval_mode_writes_its_figures_and_settings(copy_of, tmp_path, data_dir, 
         assert key in printed and f"{figure['value']:.4f}" in printed
     assert command(capsys, script, *flags)[0] == 0
     assert json.loads((out / "eval.json").read_text())["config"]["eval_sequences"] in (3, 4)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_samples_and_figures_follow_the_seed(copy_of, name, monkeypatch, data_dir):
+    """Each batch of samples goes on with the noise of one generator, which the seed makes; figures
+    have noise of their own for each seed and rank."""
+    script, flags = script_of(name), ["--device", "cpu", "--data_dir", data_dir]
+    cfg, ddp, model, data, _ = common.open_run(script, str(copy_of(name)), flags)
+    cfg, states = dataclasses.replace(cfg, mode="train", samples=4, sample_batch=2), []
+    noise = {seed: dataclasses.replace(cfg, seed=seed) for seed in (0, 1)}
+
+    def spy(*args, inner=script.sample, **more):
+        states[-1].append(more.get("generator", args[-1]).get_state().numpy().tobytes())
+        return inner(*args, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "sample", spy)
+        for seed in (0, 0, 1):
+            states.append([])
+            script.draw(model, noise[seed], data, ddp)
+    assert states[0] == states[1] and len(states[0]) > 1
+    assert len({*states[0], *states[2]}) == 2 * len(states[0])
+    if name == "difformer":
+        return  # its figures are of such samples
+    inner = type(data).eval_batches  # every rank: all sequences
+    monkeypatch.setattr(type(data), "eval_batches", lambda *a: inner(*a[:4]))
+    other = common.DDP(1, 1, ddp.device, False)
+    a, b, c, d = (next(iter(script.evaluate(model, noise[seed], data, rank).values()))["value"]
+                  for seed, rank in ((0, ddp), (0, ddp), (1, ddp), (0, other)))
+    assert a == b and len({a, c, d}) == 3
 
 
 @pytest.mark.parametrize("name,figure,flags", [

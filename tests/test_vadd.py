@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -492,6 +493,8 @@ def test_recognition_network_applies_adaln_at_masked_positions_only():
     some[:, 2] = True
     before, before_some = run(none), run(some)
     assert not torch.allclose(before, before_some, atol=1e-4)              # it does see M_t
+    h = net.net(x0, torch.zeros(1), net.R, at=some)                        # all positions count
+    assert torch.allclose(before_some, net.readout(sum(h.unbind(1)) / 7), atol=1e-5)
     with torch.no_grad():
         net.R.add_(1.0)
         for layer in [*[b.adaln for b in net.net.blocks], net.net.adaln]:
@@ -606,6 +609,23 @@ def test_samples_follow_the_exact_transition(T, alpha):
     assert chi_square(x, sampled_exactly(model, T)) < 35
     product = (WORLD.sum(1)[:, None] * WORLD.sum(0)).flatten()
     assert chi_square(x, product) > 500                                    # what MDLM would do
+
+
+def test_the_sampler_asks_the_prior_and_the_denoiser_at_t():
+    """At t = 1, 3/4, 1/2, 1/4 of four steps, of the x_t that is there; z is what the prior drew."""
+    class Watched(World):
+        def prior_at(self, x_t, t):
+            asked.append((x_t, t, torch.randn(len(x_t), 1)))
+            return types.SimpleNamespace(draw=lambda eps, u: asked[-1][2])
+
+        def denoise(self, x_t, z, t):
+            assert all(a is b for a, b in zip((x_t, t, z), asked[-1]))
+            return super().denoise(x_t, z, t)
+    asked = []
+    states = [torch.full((100, L), V), *draw(Watched(), 4, 100)]
+    for k, (x_t, t, _) in enumerate(asked):
+        assert torch.equal(x_t, states[k]) and (t == 1 - k / 4).all()
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_p": 0.5}])
