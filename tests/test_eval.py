@@ -22,6 +22,7 @@ def test_sample_metrics_by_hand():
     assert metrics.entropy([[1, 1, 2, 2], [3, 3, 3, 3]]) == pytest.approx(0.5 * 0.693147, 1e-4)
     words = {"the", "cat"}
     assert metrics.spelled(["e the cat xq th", "b the c"], words) == pytest.approx(3 / 4)
+    assert metrics.spelled([*["a cat\nxq b"] * 2, "a the b"], words) == pytest.approx(3 / 5)
     assert metrics.spelled(["the cat"], words) is None
     texts = ["x\n    a = 1\n    b = 2\nif", "x\na = = 1\nif", "no lines"]
     assert metrics.parses(texts) == 1 / 3

@@ -391,6 +391,7 @@ def test_loss_follows_equation_11(net, prior):
     assert stats["sequences"].sum() == 5 and stats["masked"].sum() == (u < t[:, None]).sum()
     assert loss.item() == pytest.approx(
         (stats["weighted_nll"] + 0.5 * stats["weighted_kl"]).sum().item(), rel=1e-5)
+    assert torch.equal(model.time(t), t) and not tiny_model(net=net).time(t).any()
     if prior == "normal":
         per_dim = stats["kl_per_dim"].sum().item()
         assert per_dim == pytest.approx(want_kl.item(), rel=1e-4)
