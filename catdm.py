@@ -349,6 +349,7 @@ class CATDM(nn.Module):
         super().__init__()
         self.cfg, self.student = student.cfg, student
         self.teacher = copy.deepcopy(student).requires_grad_(False)
+        self.train()
 
     def train(self, mode: bool = True) -> CATDM:
         super().train(mode)

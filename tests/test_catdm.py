@@ -639,9 +639,23 @@ def test_every_option_changes_the_loss(flags):
     assert loss(flags) != pytest.approx(loss({}), rel=1e-6)
 
 
+@pytest.mark.parametrize("flags", ["images", "text", "pairs"])
+def test_the_teacher_of_a_training_drops_nothing(run, monkeypatch, flags):
+    """In the loop, where the student has dropout."""
+    modes, consistency = [], CATDM.consistency
+
+    def spy(self, *args):
+        modes.append([{m.training for m in net.modules()} for net in (self.student, self.teacher)])
+        return consistency(self, *args)
+    monkeypatch.setattr(CATDM, "consistency", spy)
+    monkeypatch.setattr(catdm, "evaluate", lambda *_: {})
+    monkeypatch.setattr(catdm, "draw", lambda *_, **__: {})
+    run(2, *{"images": [], "text": TEXT, "pairs": PAIRS}[flags], "--dropout", "0.5")
+    assert modes == [[{True}, {False}]] * 2
+
+
 def test_teacher_is_an_average_without_dropout_and_without_gradient():
-    model = tiny(dropout=0.5, teacher=0.9)
-    model.train()
+    model = tiny(dropout=0.5, teacher=0.9).train()
     assert not model.teacher.training and model.student.training
     for step, eta in [(10**6, 0.9), (2, 0.25)]:
         before = [p.clone() for p in model.teacher.parameters()]
