@@ -675,7 +675,7 @@ def load_batches(cfg: Config, data: Data, step: int, ddp: common.DDP) -> list[Ba
         x, y = data.train_batch(cfg.seed, step, cfg.batch_tokens)
         n, room = len(x), cfg.micro_tokens * ddp.world
         parts = min(max(1, n // ddp.world), math.ceil(max(x.size, y.size) / room))
-        indices = [torch.arange(ddp.rank, n, ddp.world)[k::parts] for k in range(parts)]
+        indices = [np.arange(ddp.rank, n, ddp.world)[k::parts] for k in range(parts)]
         samples = [(x[index], y[index]) for index in indices]
     else:
         n = cfg.batch_size
