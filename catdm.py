@@ -332,9 +332,13 @@ class Denoiser(nn.Module):
         are any. And the length loss, which translation alone has."""
         return (() if y is None else (y,)), torch.zeros((), device=not_pad.device)
 
+    def features(self, z: Tensor, t: Tensor, cond: tuple[Tensor, ...] = ()) -> Tensor:
+        """What the head sees, from z (B, L, D), t (B,) and what `cond` returned."""
+        return self.net(self.enter(z), t, *cond)
+
     def forward(self, z: Tensor, t: Tensor, cond: tuple[Tensor, ...] = ()) -> Tensor:
-        """Logits (B, L, V) float32 from z (B, L, D), t (B,) and what `cond` returned."""
-        return self.head(self.net(self.enter(z), t, *cond)).float()
+        """Logits (B, L, V) float32, the head's precision that of training; see predict."""
+        return self.head(self.features(z, t, cond)).float()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -461,14 +465,17 @@ def prior_kl(z: Tensor, shift: float) -> Tensor:
 def predict(model: Denoiser, z: Tensor, t: Tensor, cond: tuple, guidance: float = 0.0) -> Tensor:
     """log P(x | z_t, y; t) (B, L, V), float64, guided as in Eq. 4, normalised again; z (B, L, D),
     t a scalar or (B,). Guidance 0 is the conditional model."""
-    t = t.float().expand(len(z))
-    if not model.classes or not guidance:
-        return model(z, t, cond).double().log_softmax(-1)
-    [y] = cond
-    both = torch.cat([y, torch.full_like(y, model.classes)])
-    logits = model(torch.cat([z, z]), torch.cat([t, t]), (both,))
-    with_y, without = logits.double().log_softmax(-1).chunk(2)
-    return ((1 + guidance) * with_y - guidance * without).log_softmax(-1)
+    t, guided = t.float().expand(len(z)), bool(model.classes and guidance)
+    if guided:
+        z, t, [y] = torch.cat([z, z]), torch.cat([t, t]), cond
+        cond = torch.cat([y, torch.full_like(y, model.classes)]),
+    h = model.features(z, t, cond)
+    with common.exact(z.device):
+        log_p = model.head(h.float()).double().log_softmax(-1)
+    if guided:
+        with_y, without = log_p.chunk(2)
+        log_p = ((1 + guidance) * with_y - guidance * without).log_softmax(-1)
+    return log_p
 
 
 @torch.no_grad()
@@ -581,9 +588,9 @@ class Translator(Denoiser):
         loss = common.length_loss(logits, not_pad.sum(1), source_not_pad.sum(1))
         return (states, source_not_pad, not_pad), loss
 
-    def forward(self, z: Tensor, t: Tensor, cond: tuple[Tensor, ...]) -> Tensor:
+    def features(self, z: Tensor, t: Tensor, cond: tuple[Tensor, ...]) -> Tensor:
         states, source_not_pad, not_pad = cond
-        return self.head(self.net.decode(z, t, None, not_pad, states, source_not_pad)).float()
+        return self.net.decode(z, t, None, not_pad, states, source_not_pad)
 
 
 @torch.no_grad()

@@ -95,6 +95,11 @@ class Oracle:
     def cond(self, y, not_pad):
         return (), torch.zeros(())
 
+    head = torch.nn.Identity()
+
+    def features(self, z, t, cond=()):
+        return self(z, t, cond)
+
     def __call__(self, z, t, cond=()):
         a, sigma = (c[:, None, None] for c in catdm.signal_and_noise(t, self.cfg.shift))
         means = self.embeddings[STATES].flatten(1)                         # (9, L * D)
@@ -288,6 +293,25 @@ def test_guidance_is_eq_4():
     want = (2.5 * with_y - 1.5 * null).exp()
     assert torch.allclose(got.exp(), want / want.sum(-1, keepdim=True), atol=1e-5)  # float32 model
     assert torch.allclose(got.logsumexp(-1), torch.zeros(6, 7, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("task", ["images", "pairs"])
+def test_what_is_scored_or_drawn_has_a_float32_head(task):
+    """Under autocast, with TF32 allowed, which comes back for what follows."""
+    model = image_model() if task == "images" else pair_model().student.eval()
+    h, seen = torch.randn(6, 7, model.head.in_features), []
+    model.features = lambda *_: h.bfloat16() if task == "images" else h
+    model.head.register_forward_hook(
+        lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    exact = h.bfloat16().float() if task == "images" else h
+    want = F.linear(exact, model.head.weight, model.head.bias).log_softmax(-1)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cpu", torch.bfloat16):
+        log_p = catdm.predict(model, torch.zeros(6, 7, 4), torch.tensor(0.5), ())
+    assert torch.get_float32_matmul_precision() == "high" and seen == ["highest"]
+    torch.set_float32_matmul_precision(before)
+    assert torch.allclose(log_p, want.double(), atol=1e-5)  # bfloat16 would miss by 1e-2
 
 
 # ------------------------------------------------------------------------- network
