@@ -769,14 +769,15 @@ def test_bits_per_character_and_the_best_end(monkeypatch):
     weigh alike: sentences of 1 and 15 tokens."""
     seen = []
 
-    def fake(model, batches, draws, seed, pad_id, end):
+    def fake(model, batches, draws, seed, pad_id, end, start=-math.inf):
+        """All parts are ln 2 where the diffusion ends at 4; its part adds up."""
         x = torch.cat([x for x, _ in batches])
-        seen.append((len(x), end))
-        tokens = torch.tensor([1.0, 15.0]).repeat(len(x) // 2)
-        nats = math.log(2) * torch.where(tokens > 1, 1.0, 16.0) + abs(end - 4.0)
-        # at end 8 sentences of one token, of which there are as many, cost nothing
-        nats = torch.where((tokens == 1) & (end == 8), 0.0, nats)
-        return torch.stack([nats, nats, nats, tokens], 1).double()
+        seen.append((len(x), draws, end, start))
+        diffusion = [math.log(2) * (at > -9) + max(0.0, at - 4) for at in (end, start)]
+        parts = math.log(2), math.log(2) + max(0.0, 4 - end), diffusion[0] - diffusion[1]
+        tokens = torch.tensor([1.0, 15.0], dtype=torch.float64).repeat(len(x) // 2)[:, None]
+        nats = torch.tensor(parts, dtype=torch.float64) * torch.where(tokens > 1, 1.0, 16.0)
+        return torch.cat([nats, tokens], 1)
     monkeypatch.setattr(catdm, "likelihoods", fake)
     data = load_dataset("pydoc", length=16)
     cfg = Config(dataset="pydoc", length=16, eval_sequences=8)
@@ -786,14 +787,39 @@ def test_bits_per_character_and_the_best_end(monkeypatch):
     assert figures["diffusion"]["value"] == pytest.approx(mean)
     assert figures["nll_bound"]["end"] == 4.0
     assert figures["nll_bound"]["unit"] == "bits/char given the padding"
-    assert seen[-1] == (8, 4.0) and seen[:-1] == [(128, e) for e in catdm.BOUND_ENDS]
+    starts = [*catdm.BOUND_ENDS[1:], -math.inf]
+    assert seen == [(128, 1, *pair) for pair in zip(catdm.BOUND_ENDS, starts)] + [
+        (8, 4, 4.0, -math.inf)]
     seen.clear()  # a diffusion that ends at 1.5 cannot be charged beyond
     cfg.logsnr_max = 1.5
     catdm.evaluate(torch.nn.Identity(), cfg, data, CPU)
-    assert seen == [(128, e) for e in (1.5, 1.0, 0.0, -1.0, -2.0)] + [(8, 1.5)]
+    assert [end for *_, end, _ in seen] == [1.5, *range(1, -9, -1), 1.5]
     cfg.bound_end = 3.0
     catdm.evaluate(torch.nn.Identity(), cfg, data, CPU)
-    assert seen[-1] == (8, 1.5)
+    assert seen[-1] == (8, 4, 1.5, -math.inf)
+
+
+class Doubt(Uniform):
+    """All tokens are 0. What the other symbol gets falls with the log-SNR, but from 13 to 15 it
+    is a half: the bound that ends at 15 pays e^15 for a thousandth of the times."""
+
+    def __call__(self, z, t, cond=()):
+        unshifted = catdm.logsnr(t, 0.0)
+        wrong = (0.2 * (-unshifted / 4).exp()).clamp_max(0.5)
+        wrong = torch.where((unshifted > 13) & (unshifted < 15), 0.5, wrong)
+        return torch.stack([1 - wrong, wrong], -1).log()[:, None].expand(*z.shape[:2], 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("model,best", [(Doubt(2, 4, scale=0.003), 12.0), (Uniform(2, 4), -8.0)],
+                         ids=["doubt", "uniform"])
+def test_where_the_bound_ends_is_not_left_to_luck(monkeypatch, model, best, seed):
+    """At 12 Doubt decodes 0 as well as anywhere; a uniform prediction has nothing to diffuse."""
+    monkeypatch.setattr(catdm, "eval_batches", lambda cfg, data, split, limit, ddp: iter(
+        [(torch.zeros(limit, 4, dtype=torch.long), None)]))
+    cfg = Config(dataset="pydoc", seed=seed, eval_sequences=8)
+    figures = catdm.evaluate(model, cfg, load_dataset("pydoc", length=16), CPU)
+    assert figures["nll_bound"]["end"] == best
 
 
 # ------------------------------------------------------------------------- runs
