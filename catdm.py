@@ -258,6 +258,7 @@ class ImageBlock(nn.Module):
 
     def forward(self, h: Tensor, time: Tensor, y: Tensor | None) -> Tensor:
         """h (B, L, d), time (B, d), labels y (B,) or None."""
+        # Paper: dropout in "the self-attention layers"; ours is on both branches.
         x = adaln(h, self.by_time(time))
         h = h + F.dropout(self.attention(x, x), self.dropout, self.training)
         x = self.norm(h) if y is None else adaln(h, self.by_label(F.silu(self.label(y))))
@@ -423,7 +424,8 @@ class CATDM(nn.Module):
     def consistency(self, log_p: Tensor, x: Tensor, y: Tensor | None, z_t: Tensor, t: Tensor,
                     back: Tensor, not_pad: Tensor) -> Tensor:
         """L_CM (B, L) of Eq. 3: the KL of the prediction log_p (B, L, V) at t from the teacher's,
-        one DDIM step nearer to x, at a time s that the uniform `back` (B,) places below t."""
+        one DDIM step nearer to x, at a time s that the uniform `back` (B,) places below t. Where a
+        token was dropped from z_t, z_s holds a_s - a_t sigma_s / sigma_t of its vector, not a_s."""
         cfg, teacher = self.cfg, self.teacher
         if cfg.objective == "csdm" or cfg.cm == "none":
             return torch.zeros_like(log_p[..., 0])
@@ -567,7 +569,8 @@ def likelihoods(
 
 class Translator(Denoiser):
     """The Denoiser of sentences y -> x: an encoder of the source, whose states the decoder of z_t
-    attends to, and a predictor of the target's length."""
+    attends to, and a predictor of the target's length. Paper: "the same architecture and setup as
+    that of Difformer", which has self-conditioning; this has none."""
 
     def add_network(self) -> None:
         cfg = self.cfg
