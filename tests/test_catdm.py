@@ -734,12 +734,14 @@ def test_candidates_see_their_own_source(monkeypatch):
 
     def fake(model, shape, steps, cond, **_):
         seen.append(cond)
-        yield torch.full(shape, 5)
+        yield torch.arange(300, 300 + shape[0])[:, None].expand(shape)
     monkeypatch.setattr(catdm, "sample", fake)
+    monkeypatch.setattr(catdm, "choose", lambda candidates: 4)
     model, sources = Translator(cfg, data.vocab_size, 16).eval(), ["eins", "zweiundzwanzig"]
     rows = list(catdm.translate(model, sources, data, cfg, CPU))
     assert [row["source"] for row in rows] == sources
     assert all(len(row["candidates"]) == 6 for row in rows)
+    assert all(row["text"] == row["candidates"][4] != row["candidates"][0] for row in rows)
     states, source_not_pad, logits = model.encode(torch.from_numpy(data.rows(sources)))
     lengths = common.length_beam(logits, source_not_pad.sum(1), 2).clamp(3, 16)
     [cond] = seen
@@ -773,8 +775,8 @@ def test_bits_per_character_and_the_best_end(monkeypatch):
         """All parts are ln 2 where the diffusion ends at 4; its part adds up."""
         x = torch.cat([x for x, _ in batches])
         seen.append((len(x), draws, end, start))
-        diffusion = [math.log(2) * (at > -9) + max(0.0, at - 4) for at in (end, start)]
-        parts = math.log(2), math.log(2) + max(0.0, 4 - end), diffusion[0] - diffusion[1]
+        diffusion = [math.log(2) * (at > -9) + 2 * max(0.0, at - 4) for at in (end, start)]
+        parts = math.log(2), math.log(2) + 4 - end, diffusion[0] - diffusion[1]
         tokens = torch.tensor([1.0, 15.0], dtype=torch.float64).repeat(len(x) // 2)[:, None]
         nats = torch.tensor(parts, dtype=torch.float64) * torch.where(tokens > 1, 1.0, 16.0)
         return torch.cat([nats, tokens], 1)
@@ -927,6 +929,28 @@ def test_training_learns_and_guided_samples_are_of_their_class(run):
     assert bound["value"] < 1.3
 
 
+def test_every_call_of_a_drawing_is_guided(monkeypatch, tmp_path, data_dir):
+    """After training at 0, 1 and 2, by --mode sample and eval at --guidance: three steps and the
+    call that draws the tokens."""
+    cfg = common.parse_config(catdm, [*TINY, *images_of(data_dir), "--out", str(tmp_path),
+                                      "--guidance", "1.5"])
+    data, seen, predict = catdm.load(cfg), [], catdm.predict
+    model = catdm.build(cfg, data).eval()
+
+    def spy(model, z, t, cond, guidance=0.0):
+        seen.append(guidance)
+        return predict(model, z, t, cond, guidance)
+    monkeypatch.setattr(catdm, "predict", spy)
+    monkeypatch.setattr(catdm, "print_grades", lambda *_: {})
+    monkeypatch.setattr(catdm.TokenClassifier, "steps", 1)
+    monkeypatch.setattr(catdm, "likelihoods", lambda *_: torch.zeros(2, 3))
+    catdm.draw(model, cfg, data, CPU, trained=True)
+    catdm.draw(model, cfg, data, CPU)
+    cfg.mode = "eval"
+    catdm.evaluate(model, cfg, data, CPU)
+    assert seen == [0.0] * 4 + [1.0] * 4 + [2.0] * 4 + [1.5] * 8
+
+
 def test_pictures_show_every_guidance(tmp_path):
     groups = [np.full((6, 4, 4), v, np.uint8) for v in (0, 128, 255)]
     catdm.save_grids(tmp_path / "a.png", groups, 3)
@@ -940,7 +964,7 @@ def test_pictures_show_every_guidance(tmp_path):
 def test_micro_batches_change_nothing(run, flags):
     share = ["--recon_share", "0.5"]
     a, b = run(6, *flags, *share, out="a"), run(
-        6, *flags, *share, "--micro_batch", "3", "--micro_tokens", "16", out="b")
+        6, *flags, *share, "--micro_batch", "3", "--micro_tokens", "4", out="b")
     assert losses(a) == pytest.approx(losses(b), rel=1e-4)  # float32 sums in another order
 
 
