@@ -21,6 +21,7 @@ import gzip
 import hashlib
 import heapq
 import html
+import http.client
 import io
 import itertools
 import json
@@ -36,6 +37,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -43,7 +45,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -254,6 +256,9 @@ def load_dataset(name: str, data_dir: str | Path = "data", length: int | None = 
     set's shape instead, to measure speed; nothing is read. Raises DataError.
     """
     recipe = DATASETS.get(name)
+    least = 3 if recipe and recipe.kind == "rows" else 1  # rows begin and end with special tokens
+    if length is not None and length < least:
+        raise DataError(f"--length {length} is too short for {name}: give {least} or more")
     if labels and not (recipe.kind == "array" if recipe else name.endswith(".npy")):
         raise DataError(f"--labels is for a tokens.npy of your own, not for {name}")
     if recipe is None:
@@ -278,6 +283,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", length: int | None = 
 
 PAD, BOS, EOS = 0, 1, 2  # of every PairData; the tokens follow
 SPECIALS = 3
+LENGTH = "--length (difformer.py: --max_length)"
 
 
 @dataclass
@@ -341,7 +347,7 @@ class PairData:
         self.longest = -(-longest[self.kept] // 8) * 8  # (pairs,)
         if len(kept) and not self.pairs:
             raise DataError(f"{self.name}: no training pair has two sides of 1 to "
-                            f"{self.length - 2} tokens; raise --max_length")
+                            f"{self.length - 2} tokens; raise {LENGTH}")
         if lost := len(kept) - self.pairs:
             print(f"{self.name}: {lost:,} of {len(kept):,} training pairs are left out, a side "
                   f"is empty or longer than {self.length - 2} tokens", file=sys.stderr)
@@ -366,7 +372,7 @@ class PairData:
         encoded = [self.encode(text) for text in texts]
         for i, ids in enumerate(encoded):
             if len(ids) > self.length:
-                print(f"a sentence of {len(ids)} tokens is cut to --max_length {self.length}: "
+                print(f"a sentence of {len(ids)} tokens is cut to {self.length}, {LENGTH}: "
                       f"{texts[i][:40]!r}...", file=sys.stderr)
                 encoded[i] = np.append(ids[:self.length - 1], EOS)
         return Sentences.join(encoded).rows(np.arange(len(texts)), self.length)
@@ -376,9 +382,11 @@ class PairData:
         return self.pairs if split == "train" else len(self.texts.get(split, []))
 
     def pairs_of(self, split: str, limit: int | None = None) -> list[tuple[str, str]]:
-        """Texts of the split's first pairs."""
+        """Texts of the split's first pairs. Raises DataError if there are none."""
+        if not self.num_sequences(split):
+            raise DataError(f"{self.name} has no {split} pairs; it has {', '.join(self.texts)}")
         if split != "train":
-            return self.texts.get(split, [])[:limit]
+            return self.texts[split][:limit]
         sides = ([self.decode(side.ids[side.starts[i] + 1:side.starts[i + 1]])
                   for i in self.kept[:limit]] for side in self.train)
         return list(zip(*sides))
@@ -437,8 +445,6 @@ class PairData:
         """Yields targets (b, N) and sources (b, M) of the split's first `limit` pairs, all batches
         of one width. `start`, `stride`: as of Sequences. Raises DataError if there are none."""
         pairs = self.pairs_of(split, limit)
-        if not pairs:
-            raise DataError(f"{self.name} has no {split} pairs")
         sources, targets = (self.rows(side) for side in zip(*pairs))
         for i in range(start, len(pairs), stride * batch_size):
             some = slice(i, i + stride * batch_size, stride)
@@ -456,6 +462,10 @@ def load_pairs(name: str, data_dir: str | Path = "data", max_length: int = 256,
     (`find_pairs`) come before downloads. A large set is encoded once and kept in the cache folder
     until one of its files changes. `synthetic`: random pairs of 32 tokens. Raises DataError.
     """
+    if files and name != "files" and any(files.values()):
+        raise DataError(f"--valid and --test go with --train a.de a.en, and not with {name}")
+    if max_length < 3:
+        raise DataError(f"{LENGTH} must be at least 3: BOS and EOS count")
     if synthetic:
         return synthetic_pairs(name, max_length, vocab)
     words, train, texts = encoded_pairs(name, data_dir, vocab, max_number, files or {}, lower,
@@ -466,19 +476,14 @@ def load_pairs(name: str, data_dir: str | Path = "data", max_length: int = 256,
 # ---------------------------------------------------------------- the cache
 
 
-TROUBLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile,
-           tarfile.TarError, lzma.LZMAError, zlib.error)
-
-
 @contextlib.contextmanager
-def reading(path: str | Path, kind: str, advice: str = "", trouble: tuple = TROUBLE
-            ) -> Iterator[None]:
+def reading(path: str | Path, kind: str, advice: str = "") -> Iterator[None]:
     """Turns what goes wrong with a file into one DataError that names it and says what to do."""
     try:
         yield
     except DataError:
         raise
-    except trouble as error:
+    except Exception as error:  # each format has kinds of its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         what = f"cannot be read as {kind} ({reason})"
         if isinstance(error, FileNotFoundError):
@@ -488,14 +493,17 @@ def reading(path: str | Path, kind: str, advice: str = "", trouble: tuple = TROU
 
 def folders_of(data_dir: str | Path, *names: str) -> list[Path]:
     """Where sets may lie: in data_dir, or in a cache folder for when that cannot be written."""
-    cache = os.environ.get("CATDIFF_CACHE", Path.home() / ".cache" / "catdiff")
-    return [Path(base) / name for base in (data_dir, cache) for name in dict.fromkeys(names)]
+    cache = os.environ.get("CATDIFF_CACHE") or os.path.expanduser("~/.cache/catdiff")
+    bases = [data_dir] if cache.startswith("~") else [data_dir, cache]  # nobody's home
+    return [Path(base) / name for base in bases for name in dict.fromkeys(names)]
 
 
 def first_writable(folders: Sequence[Path]) -> Path:
     """The first that can be written, made if need be. Raises DataError if there is none."""
     for folder in folders:
         there = next(f for f in (folder, *folder.parents) if f.exists())
+        if not there.is_dir():
+            raise DataError(f"{there} is a file: choose another --data_dir or CATDIFF_CACHE")
         # The mode bits count for root too, who could write anywhere.
         if os.access(there, os.W_OK) and there.stat().st_mode & 0o222:
             folder.mkdir(parents=True, exist_ok=True)
@@ -543,14 +551,19 @@ def prepared(folders: list[Path], version: str, build: Callable[[Path], dict]) -
         for leftover in folder.glob("preparing-*") if alone else []:  # of killed processes
             shutil.rmtree(leftover, ignore_errors=True)
         print(f"preparing {folder.name} in {folder}", file=sys.stderr)
-        with tempfile.TemporaryDirectory(prefix="preparing-", dir=folder) as out:
-            notes = build(Path(out))
-            arrays = {path.stem: np.load(path, mmap_mode="r") for path in Path(out).glob("*.npy")}
-            meta = {"version": version, "shapes": {k: x.shape for k, x in arrays.items()},
-                    "crc32": {k: zlib.crc32(x) for k, x in arrays.items() if x.nbytes < CHECKED}}
-            Path(out, "meta.json").write_text(json.dumps(meta | notes))
-            for file in (*(f"{name}.npy" for name in arrays), "meta.json"):  # meta.json is last
-                os.replace(Path(out, file), folder / file)
+        try:
+            with tempfile.TemporaryDirectory(prefix="preparing-", dir=folder) as out:
+                notes = build(Path(out))
+                arrays = {x.stem: np.load(x, mmap_mode="r") for x in Path(out).glob("*.npy")}
+                crc32 = {k: zlib.crc32(x) for k, x in arrays.items() if x.nbytes < CHECKED}
+                meta = {"version": version, "shapes": {k: x.shape for k, x in arrays.items()},
+                        "crc32": crc32 | {"meta": zlib.crc32(json.dumps(notes).encode())}}
+                Path(out, "meta.json").write_text(json.dumps(meta | notes))
+                for file in (*(f"{k}.npy" for k in arrays), "meta.json"):  # meta.json is last
+                    os.replace(Path(out, file), folder / file)
+        except OSError as error:  # a full disk does not say where
+            raise DataError(f"preparing {folder} failed ({error}): make room there, or choose "
+                            "another --data_dir") from error
     return open_prepared(folder, version)
 
 
@@ -560,13 +573,15 @@ CHECKED = 2**26  # bytes of an array that is read in a moment, to compare its ch
 def open_prepared(folder: Path, version: str) -> Prepared | None:
     """None if there is nothing, or only something damaged or outdated."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        arrays = {k: np.load(folder / f"{k}.npy", mmap_mode="r") for k in meta["shapes"]}
-        good = meta["version"] == version and all(
-            list(arrays[k].shape) == shape for k, shape in meta["shapes"].items()) and all(
-            zlib.crc32(arrays[k]) == crc for k, crc in meta.get("crc32", {}).items())
-        return (arrays, meta) if good else None
-    except TROUBLE:  # such as a file shorter than it says
+        notes = json.loads((folder / "meta.json").read_text())
+        made_by, shapes, crc32 = (notes.pop(k, {}) for k in ("version", "shapes", "crc32"))
+        arrays = {k: np.load(folder / f"{k}.npy", mmap_mode="r") for k in shapes}
+        parts = arrays | {"meta": json.dumps(notes).encode()}
+        good = made_by == version and all(
+            list(arrays[k].shape) == shape for k, shape in shapes.items()) and all(
+            zlib.crc32(parts[k]) == crc for k, crc in crc32.items())
+        return (arrays, notes) if good else None
+    except Exception:  # such as a file shorter than it says
         return None
 
 
@@ -575,41 +590,51 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+MOST = 2 * 10**9  # bytes of a download or of an unpacked file; lm1b's archive has 1.8e9
+
+
 def download(url: str, path: Path, sha256: str | None = None) -> Path:
-    """Fetches `url` into `path`; a broken download continues from `path`.part.
+    """Fetches `url` into `path`; a broken download continues from `path`.part, thrice at once.
 
     The environment's CATDIFF_MIRROR replaces all of the URL but the file's name.
     Raises DataError if the file cannot be had or is not the one expected.
     """
     if mirror := os.environ.get("CATDIFF_MIRROR"):
         url = mirror.rstrip("/") + "/" + url.rsplit("/", 1)[1]
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            if response.status != 206:  # the server sends the file from its beginning
-                have = 0
-            rest = response.headers["Content-Length"]
-            total = have + int(rest) if rest else None
-            known = f"{total / 1e6:.1f} MB" if total else "size unknown"
-            print(f"downloading {path.name} ({known}) from {url}", file=sys.stderr)
-            bar = tqdm.wrapattr(response, "read", total, initial=have, desc=path.name)
-            with open(part, "ab" if have else "wb") as file, bar as body:
-                shutil.copyfileobj(body, file, 1 << 20)
-    except OSError as error:
-        if getattr(error, "code", None) == 416:  # .part is longer than the file: not a part of it
-            part.unlink()
-            return download(url, path, sha256)
-        raise DataError(f"cannot download {url} ({error}); run again, or put {path.name} at "
-                        f"{path} yourself") from error
-    if total and part.stat().st_size < total:
-        raise DataError(f"{url} broke off after {part.stat().st_size} of {total} bytes; run again "
-                        "to continue")
-    if sha256 and (got := sha256_of(part)) != sha256:
+    part, put = path.with_name(path.name + ".part"), f"put {path.name} at {path} yourself"
+    for left in (3, 2, 1, 0):
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                if response.status != 206:  # the server sends the file from its beginning
+                    have = 0
+                rest = response.headers["Content-Length"]
+                total = have + int(rest) if rest else 0
+                known = f"{total / 1e6:.1f} MB" if total else "size unknown"
+                print(f"downloading {path.name} ({known}) from {url}", file=sys.stderr)
+                bar = tqdm.wrapattr(response, "read", total, initial=have, desc=path.name)
+                with open(part, "ab" if have else "wb") as file, bar as body:
+                    while max(have, total) <= MOST and (piece := body.read(1 << 20)):
+                        have += file.write(piece)
+            if max(have, total) > MOST:
+                part.unlink()
+                raise ValueError(f"more than {MOST:,} bytes, as no set has")
+            if have < total:
+                raise OSError(f"broke off after {have} of {total} bytes")
+            break
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if getattr(error, "code", None) == 416:  # .part is longer than the file
+                part.unlink(missing_ok=True)
+            elif not left or isinstance(error, (urllib.error.URLError, ValueError)):
+                with reading(url, "a download", f"run again, or {put}"):
+                    raise
+    with open(part, "rb") as file:
+        page = file.read(99).lstrip().lower().startswith((b"<!doctype html", b"<html"))
+    if page or sha256 not in (None, got := sha256_of(part)):
+        found = "a web page" if page else f"sha256 is {got}, expected {sha256}"
         part.unlink()
-        raise DataError(f"{url} is not the file expected: sha256 is {got}, expected {sha256}; "
-                        "removed it")
+        raise DataError(f"{url} is not the file expected: {found}; removed it: {put}")
     return part.replace(path)
 
 
@@ -677,7 +702,7 @@ TOY_BINS = 100  # per axis
 DATASETS = {
     "pydoc": Recipe("stream", lambda b: build_pydoc(b), 27, 128, "char", version=PYTHON),
     "pycode": Recipe("stream", lambda b: build_pycode(b), 256, 256, "byte", version=PYTHON),
-    "shakespeare": Recipe("stream", lambda b: build_shakespeare(b), 65, 256, "char"),
+    "shakespeare": Recipe("stream", lambda b: build_shakespeare(b), 65, 256, "char", version="2"),
     "text8": Recipe("stream", lambda b: build_text8(b), 27, 256, "char"),
     "english27": Recipe("stream", lambda b: build_english27(b), 27, 256, "char", raw="nltk"),
     "owt": Recipe("rows", lambda b: build_owt(b), 50257, 1024),
@@ -826,10 +851,7 @@ def load_folder(folder: Path, length: int | None = None) -> Sequences:
                         "hold out some 5% of your training data as valid")
     if len({path.suffix == ".npy" for path in paths.values()}) > 1:
         raise DataError(f"{folder} mixes text and .npy; give all splits in one form")
-    read = load_ids if paths["train"].suffix == ".npy" else load_texts
-    data = read(folder, paths, length)
-    data.splits.setdefault("test", data.splits["valid"])
-    return data
+    return (load_ids if paths["train"].suffix == ".npy" else load_texts)(folder, paths, length)
 
 
 def load_ids(folder: Path, paths: dict[str, Path], length: int | None) -> Sequences:
@@ -872,16 +894,16 @@ def load_array(path: Path, labels: str = "", length: int | None = None) -> Seque
         if y.shape != (N,):
             raise DataError(f"{labels}: must hold {N} classes >= 0, one for each image of {path}; "
                             f"it has shape {y.shape}")
-        classes = tuple(known.get("classes", map(str, range(int(y.max()) + 1))))
+        classes = tuple(map(str, known.get("classes", range(int(y.max()) + 1))))
         of_class = {split: y[rows].astype(np.int64) for split, rows in parts.items()}
     splits = {split: ids[rows].reshape(len(rows), -1) for split, rows in parts.items()}
     return Sequences(path.stem, known["vocab_size"], length or math.prod(shape), "token", splits,
                      labels=of_class, classes=classes, shape=tuple(shape))
 
 
-def image_grid(path: Path) -> np.ndarray:
+def image_grid(path: Path, name: str = "") -> np.ndarray:
     """Tokens (N, L), L a square, or (N, rows, columns) as (N, rows, columns). Raises DataError."""
-    ids = read_integers(path)
+    ids = read_integers(path, name)
     if ids.ndim == 2 and (side := math.isqrt(ids.shape[1]))**2 == ids.shape[1]:
         return ids.reshape(-1, side, side)
     if ids.ndim != 3:
@@ -890,50 +912,74 @@ def image_grid(path: Path) -> np.ndarray:
     return ids
 
 
-def read_integers(path: Path) -> np.ndarray:
-    """An array of integers >= 0 from a .npy file, memory-mapped. Raises DataError."""
+MOST_IDS = 2**20  # tokens or classes, more than any vocabulary has
+
+
+def read_integers(path: Path, name: str = "") -> np.ndarray:
+    """Ids from a .npy file, memory-mapped, or from the array `name` of a .npz. Raises DataError."""
     with reading(path, "a .npy array", "python data.py vq-encode makes one of images"):
-        array = np.load(path, mmap_mode="r")
-    if array.dtype.kind not in "iu" or array.size == 0:
-        raise DataError(f"{path}: must hold integers >= 0; it has {array.dtype} of shape "
-                        f"{array.shape}")
-    if array.min() < 0:
-        raise DataError(f"{path}: must hold integers >= 0; one is {array.min()}")
+        array = np.load(path, mmap_mode="r")[name or ...]
+    wrong = array.dtype.kind not in "iu" or array.size == 0
+    if wrong or not 0 <= array.min() <= array.max() < MOST_IDS:
+        found = (f"{array.dtype} of shape {array.shape}" if wrong else
+                 f"{array.min()} to {array.max()}")
+        raise DataError(f"{path}: must hold integers from 0 to {MOST_IDS - 1}; it has {found}")
     return array
 
 
 def read_facts(path: Path, *arrays: np.ndarray) -> dict:
     """What the .json file `path` says of arrays of ids, {} if there is none; "vocab_size" is one
     past the largest id unless it says otherwise. Raises DataError if an id is not below it."""
+    kinds = {"vocab_size": int, "classes": list} | dict.fromkeys(
+        ("bos_id", "eos_id", "pad_id"), int | None)
     with reading(path, "JSON"):
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = json.loads(read_text(path)) if path.exists() else {}
+        for key, value in known.items():
+            if not isinstance(value, kinds.get(key, object)):
+                raise TypeError(f"{key} is {json.dumps(value)}")
     largest = max(int(ids.max()) for ids in arrays)
-    if known.setdefault("vocab_size", largest + 1) <= largest:
-        raise DataError(f"{path}: vocab_size {known['vocab_size']} is not above id {largest}")
+    if not largest < known.setdefault("vocab_size", largest + 1) <= MOST_IDS:
+        raise DataError(f"{path}: vocab_size must be {largest + 1} to {MOST_IDS}, above all ids, "
+                        f"not {known['vocab_size']}")
     return known
 
 
-def members(archive: Path | bytes, pattern: str) -> Iterator[tuple[str, bytes]]:
+def members(archive: Path, pattern: str, content: bytes = b"") -> Iterator[tuple[str, bytes]]:
     """Names and contents of the files, whose whole name matches `pattern`, of a .zip sorted by
-    name, or of a .tar, however compressed, in its order."""
-    with io.BytesIO(archive) if isinstance(archive, bytes) else open(archive, "rb") as file:
-        if isinstance(archive, Path) and archive.suffix == ".zip":
+    name, or of a .tar, however compressed, in its order. `content`: of an archive in another.
+    Raises DataError, perhaps at the end: there a .tgz has its checksum."""
+    with (reading(archive, "an archive", "move it away to have it downloaded again"),
+          io.BytesIO(content) if content else open(archive, "rb") as file):
+        if archive.suffix == ".zip":
             with zipfile.ZipFile(file) as files:
                 for name in sorted(files.namelist()):
                     if re.fullmatch(pattern, name) and not name.endswith("/"):
-                        yield name, files.read(name)
+                        yield name, unpack(files.open(name))
         else:
             with tarfile.open(fileobj=file) as files:
                 for member in files:
                     if re.fullmatch(pattern, member.name) and member.isfile():
-                        yield member.name, files.extractfile(member).read()
+                        yield member.name, unpack(files.extractfile(member))
+                files.fileobj.seek(files.offset)
+                if files.fileobj.read(512).strip(b"\0"):  # which tarfile takes for the end
+                    raise tarfile.ReadError("a damaged header")
+                while files.fileobj.read(1 << 20):
+                    pass
+
+
+def unpack(file: BinaryIO) -> bytes:
+    """All of a compressed file. Raises ValueError if it is larger than any set's."""
+    pieces = list(itertools.islice(iter(lambda: file.read(1 << 20), b""), MOST >> 20))
+    if file.read(1):
+        raise ValueError(f"it unpacks to more than {MOST:,} bytes")
+    return b"".join(pieces)
 
 
 def read_text(path: Path) -> str:
     """A whole text file, perhaps .xz or .gz. Raises DataError if it is not UTF-8."""
     opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
     with reading(path, "UTF-8 text", "give a text file"), opener(path, "rb") as file:
-        return file.read().decode()
+        return (file.read() if opener is open else unpack(file)).decode("utf-8-sig")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -1205,8 +1251,7 @@ def build_shakespeare(builder: DatasetBuilder) -> dict:
     text = path.read_bytes().decode()
     at = len(text) * 9 // 10
     splits = {"train": text[:at], "valid": text[at:]}
-    made = write_characters(builder, splits, "".join(sorted(set(text))))
-    return made | {"alias": {"test": "valid"}}
+    return write_characters(builder, splits, "".join(sorted(set(text))))
 
 
 def build_text8(builder: DatasetBuilder) -> dict:
@@ -1244,12 +1289,11 @@ ENGLISH27_OTHERS = r"(?i)(.*/)?(?!\.)((?!readme)[^/])*"  # of the other archives
 
 def english27_documents(corpus: str, path: Path) -> Iterator[str]:
     """The normalised documents of one NLTK archive, those of at least 200 characters."""
-    with reading(path, "a .zip", "remove it"):
-        for _, content in members(path, ENGLISH27_KEPT.get(corpus, ENGLISH27_OTHERS)):
-            text = content.decode("latin-1")
-            text = normalise(re.sub(*ENGLISH27_CLEANED.get(corpus, ("^$", "")), text))
-            if len(text) >= 200:
-                yield text
+    for _, content in members(path, ENGLISH27_KEPT.get(corpus, ENGLISH27_OTHERS)):
+        text = content.decode("latin-1")
+        text = normalise(re.sub(*ENGLISH27_CLEANED.get(corpus, ("^$", "")), text))
+        if len(text) >= 200:
+            yield text
 
 
 def build_english27(builder: DatasetBuilder) -> dict:
@@ -1316,10 +1360,10 @@ OWT_HELD_OUT = 100_000  # documents, the last ones
 OWT_EOS = 50256  # <|endoftext|>, GPT-2's only special token: bos and eos alike
 
 
-def owt_tokens(subset: bytes) -> list[np.ndarray]:
+def owt_tokens(subset: tuple[Path, bytes]) -> list[np.ndarray]:
     """Tokenises one .xz archive of .txt documents: (n,) uint16 each, with eos at its end."""
-    documents, codec = [], GPT2Codec()
-    for _, content in members(subset, r".*\.txt"):
+    documents, codec, (path, content) = [], GPT2Codec(), subset
+    for _, content in members(path, r".*\.txt", content):
         ids = codec.encode(re.sub("\n\n\n+", "\n\n", content.decode()).strip())
         documents.append(np.append(ids, OWT_EOS).astype(np.uint16))
     return documents
@@ -1327,8 +1371,8 @@ def owt_tokens(subset: bytes) -> list[np.ndarray]:
 
 def owt_documents(archives: list[Path], workers: int) -> Iterator[np.ndarray]:
     """All documents in order; at most 4 subsets (1,000 documents or less) per worker in memory."""
-    subsets = (content for path in tqdm(archives, desc="tokenising", unit="archive")
-               for _, content in members(path, r".*\.xz"))
+    subsets = ((path / name, content) for path in tqdm(archives, "tokenising", unit="archive")
+               for name, content in members(path, r".*\.xz"))
     with multiprocessing.Pool(workers) as pool:
         for group in groups(subsets, 4 * workers):
             for documents in pool.map(owt_tokens, group, chunksize=1):
@@ -1498,16 +1542,22 @@ Place = tuple[tuple[Path, ...], tuple[str, ...]]
 
 def read_pairs(paths: tuple[Path, ...], inside: tuple[str, ...]) -> Pairs:
     """The pairs of a Place. Raises DataError if line i cannot belong to line i."""
-    if len(paths) == 1 and not inside:  # DiffuSeq's format
-        with reading(paths[0], 'lines {"src": ..., "trg": ...}'):
-            rows = [json.loads(line) for line in read_lines(paths[0]) if line.strip()]
-            return [(row["src"], row["trg"]) for row in rows]
-    a, b = archived(paths[0], inside) if inside else map(read_lines, paths)
-    if len(a) != len(b):
-        source, target = (paths[0] / name for name in inside) if inside else paths
-        raise DataError(f"{source} has {len(a)} lines, {target} has {len(b)}: line i of one must "
-                        "be the translation of line i of the other")
-    return list(zip(a, b))
+    names = [str(paths[0] / name) for name in inside] or list(map(str, paths))
+    if len(names) == 1:  # DiffuSeq's format
+        pairs = []
+        for number, line in enumerate(read_lines(paths[0]), 1):
+            with reading(f"line {number} of {names[0]}", '{"src": "...", "trg": "..."}'):
+                for row in map(json.loads, filter(str.strip, [line])):
+                    pairs.append((row["src"] + "", row["trg"] + ""))  # which must be texts
+    else:
+        a, b = archived(paths[0], inside) if inside else map(read_lines, paths)
+        if len(a) != len(b):
+            raise DataError(f"{names[0]} has {len(a)} lines, {names[1]} has {len(b)}: line i of "
+                            "one must be the translation of line i of the other")
+        pairs = list(zip(a, b))
+    if not any(map(all, pairs)):
+        raise DataError(f"{' and '.join(names)}: no line has text on both sides")
+    return pairs
 
 
 def archived(archive: Path, names: tuple[str, ...]) -> list[list[str]]:
@@ -1580,8 +1630,8 @@ def fetch_pairs(name: str, known: PairSet, folders: list[Path]) -> dict[str, lis
 
 
 def three_splits(texts: dict[str, Pairs], distilled: str, lower: bool) -> dict[str, Pairs]:
-    """Without valid pairs a twentieth of the training pairs is held out; without test pairs test
-    is valid. `distilled`, `lower`: as of load_pairs."""
+    """Without valid pairs a twentieth of the training pairs is held out. `distilled`, `lower`: as
+    of load_pairs."""
     train = texts["train"]
     if distilled:
         targets = read_lines(Path(distilled))
@@ -1594,10 +1644,9 @@ def three_splits(texts: dict[str, Pairs], distilled: str, lower: bool) -> dict[s
         held = min(1000, max(1, len(train) // 20))
         texts["valid"], train = train[:held], train[held:]
     if not train:
-        raise DataError("there is no training pair beside those that are held out")
-    texts = {"train": train, "valid": texts["valid"], "test": texts.get("test", texts["valid"])}
+        raise DataError("one training pair is too few to hold it out: give valid pairs, or more")
     return {split: [(a.lower(), b.lower()) if lower else (a, b) for a, b in pairs]
-            for split, pairs in texts.items()}
+            for split, pairs in (texts | {"train": train}).items()}
 
 
 WORTH_KEEPING = 2**20  # bytes of a set's files; smaller sets are encoded faster than looked up
@@ -1642,7 +1691,7 @@ def encoded_pairs(name: str, data_dir: str | Path, vocab: int, max_number: int,
         return encode()
     what = json.dumps([name, vocab, max_number, lower, distilled, stats])
     key = f"pairs/{hashlib.sha256(what.encode()).hexdigest()[:16]}"
-    arrays, notes = prepared(folders_of(data_dir, key)[::-1], "1", build)  # rather in the cache
+    arrays, notes = prepared(folders_of(data_dir, key)[::-1], "2", build)  # rather in the cache
     train = tuple(Sentences(arrays[f"ids{i}"], arrays[f"starts{i}"]) for i in (0, 1))
     return notes["words"], train, {
         split: [tuple(pair) for pair in pairs] for split, pairs in notes["texts"].items()}
@@ -1760,15 +1809,14 @@ def mnist_images(builder: DatasetBuilder) -> Labelled:
     if mirror := os.environ.get("CATDIFF_MIRROR"):
         MNIST = type("MNIST", (MNIST,), {"mirrors": [mirror.rstrip("/") + "/"]})
     given = [builder.find(file) for file, _ in MNIST.resources]
-    with tempfile.TemporaryDirectory() as unpacked:
+    with tempfile.TemporaryDirectory(dir=builder.out) as unpacked:  # so a kill leaves nothing
         root = Path(unpacked) if all(given) else first_writable(builder.folders)
         where = ", ".join(map(str, given)) if all(given) else root
         (root / "MNIST" / "raw").mkdir(parents=True, exist_ok=True)
         for path in given if all(given) else []:  # where torchvision takes them as they are
             with reading(path, "IDX .gz", "remove it to have it downloaded"):
-                (root / "MNIST" / "raw" / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-        with reading(where, "MNIST", "remove what is damaged, or put four other .gz files there",
-                     (Exception,)):
+                (root / "MNIST" / "raw" / path.stem).write_bytes(unpack(gzip.open(path)))
+        with reading(where, "MNIST", "remove what is damaged, or put four other .gz files there"):
             parts = [MNIST(root, train, download=True) for train in (True, False)]
             arrays = [x.numpy() for part in parts for x in (part.data, part.targets)]
             shapes = [x.shape for x in arrays]
@@ -1831,11 +1879,10 @@ def report(data: Sequences | PairData, data_dir: str) -> None:
                   f"entropy {entropy(counts):.3f} bits per token")
         images = data.draw(data.splits["valid"][:96])
         if images is not None and len(images) == 96:
-            import torch
-            from torchvision.utils import save_image
+            from PIL import Image
             path = first_writable(folders_of(data_dir, data.name)) / "examples.png"
-            large = torch.from_numpy(images.repeat(3, 1).repeat(3, 2))[:, None]  # (96, 1, 3 H, 3 W)
-            save_image(large / 255, path, nrow=16, padding=0)
+            grid = np.concatenate(np.concatenate(images.reshape(6, 16, *images.shape[1:]), 1), 1)
+            Image.fromarray(grid.repeat(3, 0).repeat(3, 1)).save(path)
             print(f"{path}: 96 images of valid, as their tokens show them")
     else:
         print(f"{data.name}: {V} symbols (unit: {unit}), sequences of {data.length}")
@@ -1863,12 +1910,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--labels", default="", help="labels.npy, the classes of a tokens.npy")
     args = parser.parse_args(argv)
     try:
-        if args.name in ("numbers", *PAIR_SETS):
-            data = load_pairs(args.name, args.data_dir, args.length or 256)
+        if args.name in ("numbers", *PAIR_SETS) and not args.labels:
+            length = 256 if args.length is None else args.length
+            data = load_pairs(args.name, args.data_dir, length)
         else:
             data = load_dataset(args.name, args.data_dir, args.length, labels=args.labels)
         report(data, args.data_dir)
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,11 +1,13 @@
 """data.py: every window once, the same batches for any number of processes, exact recipes."""
 import contextlib
+import gzip
 import http.server
 import io
 import json
 import lzma
 import multiprocessing.pool
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -252,7 +254,7 @@ def test_prepared_set_is_reused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "meta", "version", "other array",
-                                    "bytes"])
+                                    "bytes", "notes", "shapes"])
 def test_damaged_cache_is_rebuilt(tmp_path, damage):
     before = np.array(load_dataset("pydoc", tmp_path).splits["train"])
     array, meta = tmp_path / "pydoc" / "train.npy", tmp_path / "pydoc" / "meta.json"
@@ -262,6 +264,10 @@ def test_damaged_cache_is_rebuilt(tmp_path, damage):
         array.unlink()
     elif damage == "meta":
         meta.write_text(meta.read_text()[:50])
+    elif damage == "notes":
+        meta.write_text(meta.read_text().replace(" abcd", " abdc"))
+    elif damage == "shapes":
+        meta.write_text('{"version": "1", "shapes": []}')
     elif damage == "bytes":
         array.write_bytes(array.read_bytes()[:2000] + bytes(300) + array.read_bytes()[2300:])
     elif damage == "version":
@@ -269,7 +275,9 @@ def test_damaged_cache_is_rebuilt(tmp_path, damage):
         np.save(array, before[::-1])
     else:
         np.save(array, before[:1000])
-    np.testing.assert_array_equal(load_dataset("pydoc", tmp_path).splits["train"], before)
+    again = load_dataset("pydoc", tmp_path)
+    np.testing.assert_array_equal(again.splits["train"], before)
+    assert again.codec.vocab == data.LETTERS
 
 
 def test_what_older_versions_prepared_is_read(tmp_path, monkeypatch):
@@ -317,6 +325,25 @@ def test_failed_preparation_leaves_nothing(tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and not p.name.startswith(".")]
 
 
+def test_folders_that_cannot_be_had(tmp_path, monkeypatch):
+    """--data_dir is a file; the disk is full; nobody is at home."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path}/file is a file: choose another"):
+        data.main(["pydoc", "--data_dir", str(tmp_path / "file")])
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(data.tempfile, "mkdtemp", full)
+        with pytest.raises(DataError, match=f"preparing {tmp_path}/a/pydoc failed .*No space left"):
+            load_dataset("pydoc", tmp_path / "a")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert len(data.folders_of("x", "y")) == 2
+    monkeypatch.delenv("CATDIFF_CACHE")
+    assert data.folders_of("x", "y") == [Path("x/y")]
+
+
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path, monkeypatch):
     real = data.write_characters
     monkeypatch.setattr(data, "write_characters", lambda *args: real(*args) | {"vocab_size": 26})
@@ -338,20 +365,27 @@ def test_unknown_dataset(tmp_path):
 
 
 class RangeServer(http.server.BaseHTTPRequestHandler):
-    body, requests = bytes(range(256)) * 40, []
+    """Each request meets the first of `faults`, and when there is none left no fault."""
+
+    body, requests, faults = bytes(range(256)) * 40, [], []
 
     def do_GET(self):
-        asked = self.headers.get("Range")
+        asked, fault = self.headers.get("Range"), self.faults.pop(0) if self.faults else ""
         self.requests.append(asked)
         begin = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
-        if begin >= len(self.body):
-            self.send_error(416)
-            return
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(self.body) - begin))
-        self.end_headers()
-        # Without Range, break off half-way.
-        self.wfile.write(self.body[begin:] if asked else self.body[:5000])
+        if fault == "no status":
+            self.wfile.write(b"nonsense\r\n\r\n")
+        elif fault == "missing" or begin >= len(self.body):
+            self.send_error(404 if fault else 416)
+        elif fault != "nothing":
+            self.send_response(206 if asked else 200)
+            if fault == "chunk":
+                self.send_header("Transfer-Encoding", "chunked")
+            elif fault != "no length":
+                self.send_header("Content-Length", str(len(self.body) - begin))
+            self.end_headers()
+            self.wfile.write(b"ffff\r\n" * (fault == "chunk"))
+            self.wfile.write(self.body[begin:begin + (2000 if fault == "short" else 10**6)])
 
     def log_message(self, *args):
         pass
@@ -360,28 +394,56 @@ class RangeServer(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeServer) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("CATDIFF_MIRROR", f"http://127.0.0.1:{httpd.server_port}/")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         RangeServer.requests.clear()
-        yield
+        yield RangeServer.faults
+        RangeServer.faults.clear()
         httpd.shutdown()
 
 
-def test_broken_download_continues(tmp_path, server):
-    with pytest.raises(DataError, match="after 5000 of 10240 bytes; run again"):
-        data.download("https://example.org/x.bin", tmp_path / "x.bin")
-    assert not (tmp_path / "x.bin").exists()
-    assert (tmp_path / "x.bin.part").stat().st_size == 5000
+@pytest.mark.parametrize("faults, requests", [
+    (["short", "short"], [None, "bytes=2000-", "bytes=4000-"]),
+    (["no status", "nothing", "chunk"], [None] * 4)])
+def test_broken_download_continues(tmp_path, server, faults, requests):
+    server += faults
     data.download("https://example.org/x.bin", tmp_path / "x.bin")
-    assert RangeServer.requests == [None, "bytes=5000-"]
+    assert RangeServer.requests == requests
     assert (tmp_path / "x.bin").read_bytes() == RangeServer.body
+    assert not (tmp_path / "x.bin.part").exists()
+
+
+@pytest.mark.parametrize("fault, times, message", [
+    ("short", 4, "broke off after 8000 of 10240 bytes"), ("no status", 4, "nonsense"),
+    ("nothing", 4, "closed connection"), ("chunk", 4, "IncompleteRead"),
+    ("missing", 1, "404")])
+def test_a_download_that_gives_up(tmp_path, server, fault, times, message):
+    server += [fault] * 9
+    with pytest.raises(DataError, match=f"^http.* as a download .*{message}.*: run again.*x.bin"):
+        data.download("https://example.org/x.bin", tmp_path / "x.bin")
+    assert len(RangeServer.requests) == times and not (tmp_path / "x.bin").exists()
+    if fault == "short":
+        server.clear()
+        data.download("https://example.org/x.bin", tmp_path / "x.bin")
+        assert RangeServer.requests[-1] == "bytes=8000-"
+        assert (tmp_path / "x.bin").read_bytes() == RangeServer.body
 
 
 def test_part_longer_than_the_file(tmp_path, server):
     (tmp_path / "x.bin.part").write_bytes(b"?" * 20_000)
-    with pytest.raises(DataError, match="after 5000 of"):  # began anew
+    data.download("https://example.org/x.bin", tmp_path / "x.bin")
+    assert RangeServer.requests == ["bytes=20000-", None]
+    assert (tmp_path / "x.bin").read_bytes() == RangeServer.body
+
+
+@pytest.mark.parametrize("fault", ["", "no length"])
+def test_a_download_larger_than_any_set(tmp_path, server, fault, monkeypatch):
+    server += [fault]
+    monkeypatch.setattr(data, "MOST", 10_239)
+    with pytest.raises(DataError, match="more than 10,239 bytes"):
         data.download("https://example.org/x.bin", tmp_path / "x.bin")
+    assert len(RangeServer.requests) == 1 and not list(tmp_path.glob("x*"))
 
 
 @pytest.fixture
@@ -402,10 +464,14 @@ def test_file_url_checked_and_announced(tmp_path, mirror, capsys):
     assert "downloading x.bin (3.0 MB)" in capsys.readouterr().err
 
 
-def test_checksum_mismatch(tmp_path, mirror):
-    (mirror / "x.bin").write_bytes(b"x")
-    with pytest.raises(DataError, match="sha256 is 2d711642.*expected 0000"):
-        data.download("https://example.org/x.bin", tmp_path / "x.bin", "0" * 64)
+@pytest.mark.parametrize("content, sha256, message", [
+    (b"x", "0" * 64, "sha256 is 2d711642.*expected 0000"),
+    (b"\n<!DOCTYPE HTML>\n<title>Sign in</title>", None, "a web page"),
+    (b"<html lang='en'>", None, "a web page")])
+def test_not_the_file_expected(tmp_path, mirror, content, sha256, message):
+    (mirror / "x.bin").write_bytes(content)
+    with pytest.raises(DataError, match=f"not the file expected: {message}.*; removed it: put x"):
+        data.download("https://example.org/x.bin", tmp_path / "x.bin", sha256)
     assert not list(tmp_path.glob("x.bin*"))
 
 
@@ -426,7 +492,7 @@ def test_raw_file_already_there_is_used_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(data.DatasetBuilder, "fetch", lambda self, url, *_: real(self, url))
     toy = load_dataset("shakespeare", tmp_path, length=5)
     assert toy.vocab_size == 10 and len(toy.splits["train"]) == 171  # floor of 90% of 190
-    assert toy.splits["test"] is toy.splits["valid"]
+    assert set(toy.splits) == {"train", "valid"}
     assert toy.decode(toy.encode("To be")) == "To be" and toy.decode([0, 1]) == "\n "
 
 
@@ -584,6 +650,68 @@ def tar_of(files: dict[str, bytes], mode: str) -> bytes:
     return buffer.getvalue()
 
 
+PACKED = ["a.tgz", "a.tar.xz", "a.zip", "a.txt.gz", "a.txt.xz"]
+
+
+def pack(path, files):
+    """Files (bytes) in an archive; the last of them alone in a .txt.gz or .txt.xz."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    elif ".txt" in path.name:
+        opener = gzip.open if path.suffix == ".gz" else lzma.open
+        with opener(path, "wb") as file:
+            file.write([*files.values()][-1])
+    else:
+        path.write_bytes(tar_of(files, "w:xz" if path.suffix == ".xz" else "w:gz"))
+
+
+def unpack(path):
+    return data.read_text(path) if ".txt" in path.name else dict(data.members(path, "x/.*"))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_damaged_archives_are_one_line(tmp_path, name):
+    """A flipped bit or a missing end is refused, or changed nothing that is read."""
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    pack(path, {f"x/{i}": rng.choice([*b"abcdefgh\n"], 900).astype(np.uint8).tobytes()
+                for i in range(2)})
+    raw, whole, refused = path.read_bytes(), unpack(path), 0
+    spots = rng.integers(len(raw) * 8, size=150).tolist()
+    for content in [raw[:len(raw) * 9 // 10], raw[:-1], raw[:1],
+                    *(raw[:b // 8] + bytes([raw[b // 8] ^ 1 << b % 8]) + raw[b // 8 + 1:]
+                      for b in spots)]:
+        path.write_bytes(content)
+        try:
+            assert unpack(path) == whole
+        except DataError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > 130
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:600] + b"?" + raw[601:],
+                                    lambda raw: raw[:1024 + 100]], ids=["flipped", "cut"])
+def test_a_damaged_header_does_not_end_a_tar(tmp_path, damage):
+    """tarfile takes it for the end: the rest would be missing."""
+    raw = tar_of({"x/a": b"", "x/b": b"", "x/c": b"c"}, "w")
+    assert raw[512:515] == b"x/b"
+    (tmp_path / "a.tar").write_bytes(damage(raw))
+    with pytest.raises(DataError, match="a.tar cannot be read as an archive .a damaged header"):
+        list(data.members(tmp_path / "a.tar", ".*"))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_files_that_unpack_to_more_than_any_set(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(data, "MOST", 2**20)
+    pack(tmp_path / name, {"x/a": bytes(2**20)})
+    unpack(tmp_path / name)
+    pack(tmp_path / name, {"x/a": bytes(2**20 + 1)})
+    with pytest.raises(DataError, match=f"{name} .*unpacks to more than 1,048,576 bytes"):
+        unpack(tmp_path / name)
+
+
 @pytest.fixture
 def small_owt(tmp_path, mirror, monkeypatch):
     """2 archives of 2 subsets of 3 documents, in OpenWebText's layout; 4 documents held out."""
@@ -614,6 +742,15 @@ def test_owt(tmp_path, small_owt):
         assert (rows[:, 0] == 50256).all() and (rows[:, -1] == 50256).all()
         np.testing.assert_array_equal(rows[:, 1:-1].ravel(), stream[:len(stream) // 14 * 14])
     assert owt.decode(owt.splits["train"][0][1:5]) == "docu"
+
+
+def test_a_damaged_subset_of_owt_is_named(tmp_path, mirror, small_owt):
+    archive = mirror / "urlsf_subset01.tar"
+    raw = bytearray(archive.read_bytes())
+    raw[1024 + 512 + 90] ^= 1
+    archive.write_bytes(raw)
+    with pytest.raises(DataError, match="urlsf_subset01.tar/openwebtext/urlsf_subset01-0_data.xz "):
+        load_dataset("owt", tmp_path, length=16)
 
 
 def test_length_of_rows_is_a_preparation_of_its_own(tmp_path, small_owt):
@@ -741,9 +878,11 @@ def test_folder_errors(tmp_path):
 
 
 def test_folder_without_test_split(tmp_path):
-    write_texts(tmp_path, train="abc", valid="ab")
+    write_texts(tmp_path, train="\ufeffabc", valid="ab")  # some editors begin files like this
     own = load_dataset(str(tmp_path))
-    assert own.splits["test"] is own.splits["valid"]
+    assert own.codec.vocab == "abc"
+    with pytest.raises(DataError, match="has no 'test' split; it has train, valid"):
+        own.num_sequences("test")
 
 
 def test_folder_of_ids(tmp_path):
@@ -759,15 +898,19 @@ def test_folder_of_ids(tmp_path):
     with pytest.raises(DataError, match="rows of 4 tokens"):
         load_dataset(str(tmp_path), length=8)
     (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 20}))
-    with pytest.raises(DataError, match="vocab_size 20 is not above id 20"):
+    with pytest.raises(DataError, match="vocab_size must be 21 to 1048576, above all ids, not 20"):
+        load_dataset(str(tmp_path))
+    (tmp_path / "meta.json").write_text(json.dumps({"pad_id": "0"}))
+    with pytest.raises(DataError, match='meta.json cannot be read as JSON .pad_id is "0"'):
         load_dataset(str(tmp_path))
 
 
-@pytest.mark.parametrize("bad", [np.zeros(3), np.array([0, -1]), np.zeros((2, 2, 2), int)])
+@pytest.mark.parametrize("bad", [np.zeros(3), np.array([0, -1]), np.array([0, 2**20]),
+                                 np.zeros((2, 2, 2), int)])
 def test_bad_ids(tmp_path, bad):
     np.save(tmp_path / "train.npy", bad)
     np.save(tmp_path / "valid.npy", np.arange(3))
-    with pytest.raises(DataError, match=r"train.npy: must hold integers >= 0|train must be \(N,\)"):
+    with pytest.raises(DataError, match=r"train.npy: must hold integers fro|train must be \(N,\)"):
         load_dataset(str(tmp_path))
 
 
@@ -810,3 +953,16 @@ def test_command_line(tmp_path, capsys):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: unknown dataset")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("pydoc --length 0", "--length 0 is too short for pydoc: give 1 or more"),
+    ("FOLDER --length 0", "--length 0 is too short for .*: give 1 or more"),
+    ("owt --length 2", "--length 2 is too short for owt: give 3 or more"),
+    ("numbers --length 0", r"--length \(difformer.py: --max_length\) must be at least 3"),
+    ("numbers --labels y.npy", "--labels is for a tokens.npy of your own, not for numbers")])
+def test_flags_are_not_ignored(tmp_path, flags, message):
+    write_texts(tmp_path, train="abc", valid="ab")
+    flags = flags.replace("FOLDER", str(tmp_path)).split()
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        data.main([*flags, "--data_dir", str(tmp_path)])

@@ -413,7 +413,7 @@ def test_hard_input_is_translated_line_by_line(capsys):
     sources = ["a b", "", "a " * 1000, "\u4f60\u597d \U0001f600", "b"]
     rows = list(difformer.translate(model, sources, pairs, cfg, ALONE))
     assert [r["source"] for r in rows] == sources and rows[1]["text"] == ""
-    assert "cut to --max_length 16" in capsys.readouterr().err
+    assert "is cut to 16, --length" in capsys.readouterr().err
     long = pairs.rows(["a " * 1000, "b"])
     assert long.shape == (2, 16) and long[0, -1] == 2 and (long[0, :-1] != 2).all()
 

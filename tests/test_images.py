@@ -160,9 +160,9 @@ def test_prepared_once_damaged_rebuilt_read_only_elsewhere(tmp_path, monkeypatch
 def test_a_failed_preparation_leaves_nothing(tmp_path, monkeypatch):
     def full(self, split, *args):
         (self.out / f"{split}.npy").write_bytes(b"half")
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
     monkeypatch.setattr(data.DatasetBuilder, "write", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match="preparing .*glyphs failed .*No space left.*make room"):
         load_dataset("glyphs", tmp_path)
     assert [p.name for p in (tmp_path / "glyphs").iterdir()] == [".preparing"]
 
@@ -263,13 +263,18 @@ def test_own_tokens_are_split_once_each_with_their_labels(tmp_path):
 @pytest.mark.parametrize("ids, labels, meta, message", [
     (np.zeros((9, 8), int), None, None, r"\(N, L\), L a square, .*\(9, 8\)"),
     (np.zeros((9, 2, 2, 2), int), None, None, "L a square"),
-    (np.zeros((9, 4)), None, None, "must hold integers >= 0; it has float64"),
+    (np.zeros((9, 4)), None, None, "must hold integers from 0 .*; it has float64"),
     (np.zeros((0, 4), int), None, None, "must hold integers"),
     (np.zeros((2, 4), int), None, None, "holds 2 images"),
-    (np.full((9, 4), -1), None, None, "integers >= 0; one is -1"),
-    (np.full((9, 4), 8), None, {"vocab_size": 8}, "tokens.json: vocab_size 8 is not above id 8"),
+    (np.full((9, 4), -1), None, None, "integers from 0 to 1048575; it has -1 to -1"),
+    (np.full((9, 4), 8), None, {"vocab_size": 8}, "tokens.json: vocab_size must be 9 to .*, not 8"),
+    (np.full((9, 4), 8), None, {"vocab_size": 10**12}, "must be 9 to 1048576.* not 10{12}"),
+    (np.full((9, 4), 8), None, {"vocab_size": "9"}, 'as JSON .vocab_size is "9"'),
+    (np.full((9, 4), 8), None, {"classes": "ab"}, 'tokens.json .*classes is "ab"'),
+    (np.full((9, 4), 8), None, [9], "tokens.json cannot be read as JSON"),
     (np.zeros((9, 4), int), np.zeros(8, int), None, "must hold 9 classes"),
-    (np.zeros((9, 4), int), np.full(9, -1), None, "labels.npy: .*one is -1"),
+    (np.zeros((9, 4), int), np.full(9, -1), None, "labels.npy: .*has -1 to -1"),
+    (np.zeros((9, 4), int), np.full(9, 10**9), None, "labels.npy: .*from 0 to 1048575; .*10{9}"),
     (np.zeros((9, 4), int), np.full(9, 1), {"classes": ["one"]}, "labels in 0..0"),
     (np.zeros((9, 4), int), None, "{", "tokens.json cannot be read"),
 ])

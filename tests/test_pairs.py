@@ -134,11 +134,26 @@ def test_own_files_and_their_mistakes(tmp_path, capsys):
     a, b = write("a", "eins\n\nzwei\n" + "drei " * 99 + "\n"), write("b", "one\nx\ntwo\nthree\n")
     pairs = load_pairs("files", max_length=24, vocab=300, files={"train": (a, b), "valid": (a, b)})
     assert pairs.pairs == 2 and "2 of 4 training pairs are left out" in capsys.readouterr().err
-    assert len(pairs.texts["test"]) == 4
+    assert len(pairs.texts["valid"]) == 4
+    with pytest.raises(DataError, match="files has no test pairs; it has valid"):
+        pairs.pairs_of("test")
     with pytest.raises(DataError, match="has 4 lines, .* has 1"):
         load_pairs("files", files={"train": (a, write("c", "one\n"))})
-    with pytest.raises(DataError, match="no training pair beside"):
-        load_pairs("files", files={"train": (write("c", "one"), write("c", "one"))})
+    one = (write("c", "\ufeffone"), write("c", "\ufeffone"))  # some editors begin files like this
+    with pytest.raises(DataError, match="one training pair is too few to hold it out: give valid"):
+        load_pairs("files", files={"train": one})
+    pairs = load_pairs("files", vocab=300, files={"train": one, "valid": one})
+    assert pairs.texts["valid"] == pairs.pairs_of("train") == [("one", "one")]
+    targets, _ = pairs.train_batch(0, 5, 4096)
+    assert [row[row > 0].tolist() for row in targets] == [pairs.encode("one").tolist()]
+    for empty in ("", "\n\n"):
+        for split in ("train", "valid"):
+            files = {"train": (a, b), split: (write("e", empty), str(tmp_path / "e"))}
+            with pytest.raises(DataError, match="/e and .*/e: no line has text on both sides"):
+                load_pairs("files", files=files)
+    for name in ("numbers", "multi30k"):
+        with pytest.raises(DataError, match=f"go with --train a.de a.en, and not with {name}"):
+            load_pairs(name, files={"train": (), "valid": (a, b)})
     with pytest.raises(DataError, match="--train a.de a.en"):
         load_pairs("files", files={"train": ()})
     with pytest.raises(DataError, match="nowhere does not exist: give a text file"):
@@ -146,8 +161,8 @@ def test_own_files_and_their_mistakes(tmp_path, capsys):
     (tmp_path / "d").write_bytes(b"\xff\xfe\n" * 4)
     with pytest.raises(DataError, match="cannot be read as UTF-8"):
         load_pairs("files", files={"train": (a, str(tmp_path / "d"))})
-    with pytest.raises(DataError, match="raise --max_length"):
-        load_pairs("files", max_length=2, vocab=300, files={"train": (a, b), "valid": (a, b)})
+    with pytest.raises(DataError, match=r"raise --length \(difformer.py: --max_length\)"):
+        load_pairs("files", max_length=3, vocab=300, files={"train": (a, b), "valid": (a, b)})
 
 
 # ------------------------------------------------------------------------- sets
@@ -276,9 +291,12 @@ def test_jsonl_and_prepared_files(tmp_path):
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     pairs = load_pairs("qqp", tmp_path, vocab=300)
     assert pairs.pairs == 4 and pairs.texts["test"][3] == ("wie 3", "test 3")
-    (folder / "valid.jsonl").write_text('{"src": "a"}\n')
-    with pytest.raises(DataError, match='valid.jsonl cannot be read as lines {"src"'):
-        load_pairs("qqp", tmp_path, vocab=300)
+    good = (folder / "valid.jsonl").read_text().strip()
+    for row in ('{"src": "a"}', '{"src": "a", "trg": 3}', '{"src": null, "trg": "b"}', "[1, 2]",
+                "7", '"src trg"', "null", "{"):
+        (folder / "valid.jsonl").write_text(f"{good}\n\n{row}\n")
+        with pytest.raises(DataError, match='^line 6 of .*valid.jsonl cannot be read as {"src":'):
+            load_pairs("qqp", tmp_path, vocab=300)
 
     folder = tmp_path / "wmt14"
     folder.mkdir()
@@ -286,7 +304,7 @@ def test_jsonl_and_prepared_files(tmp_path):
         for end, text in zip(("en", "de"), numbered(30, f"{split} en", f"{split} de")):
             (folder / f"{split}.{end}").write_text(text)
     pairs = load_pairs("wmt14", tmp_path, vocab=300)  # prepared files come before downloads
-    assert pairs.texts["test"] == pairs.texts["valid"] and pairs.pairs == 30
+    assert set(pairs.texts) == {"valid"} and pairs.pairs == 30
     assert pairs.texts["valid"][1] == ("valid en 1", "valid de 1")
     (folder / "train.en").unlink()
     with pytest.raises(DataError, match="neither train.jsonl nor train.en"):
@@ -314,6 +332,7 @@ def test_large_sets_are_kept_until_a_file_changes(tmp_path, monkeypatch):
         for end, text in zip(("en", "de"), numbered(n, f"{split} en", f"{split} de")):
             (folder / f"{split}.{end}").write_text(text)
     first = load_pairs("wmt14", tmp_path, vocab=300)
+    assert len(list(tmp_path.glob("cache/pairs/*/.preparing"))) == 1  # under a lock
     inner = data.learn_bpe
     monkeypatch.setattr(data, "learn_bpe", lambda *_: pytest.fail("learned again"))
     again = load_pairs("wmt14", tmp_path, vocab=300)
