@@ -220,7 +220,7 @@ def load_vqgan(path: str | Path, device: str | None = None) -> VQGAN:
     VQGAN under `first_stage_model.`. Raises DataError.
     """
     with reading(path, "a checkpoint", "download last.ckpt of f16-1024 (see the taming-"
-                 "transformers repository), or train one: results/vq_mnist.py", (Exception,)):
+                 "transformers repository), or train one: results/vq_mnist.py"):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:  # Lightning has put objects of its own beside the weights
@@ -230,7 +230,7 @@ def load_vqgan(path: str | Path, device: str | None = None) -> VQGAN:
     inner = inner if any(key.startswith(inner) for key in state) else ""
     weights = {key.removeprefix(inner): value for key, value in state.items()
                if key.startswith(inner) and not key.startswith(inner + "loss.")}
-    with reading(path, "a VQGAN of taming-transformers' kind", "", (Exception,)):
+    with reading(path, "a VQGAN of taming-transformers' kind"):
         model = VQGAN(**vqgan_config(weights))
         model.load_state_dict(weights)
     return model.eval().requires_grad_(False).to(
@@ -253,8 +253,13 @@ def image_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 def read_image(path: Path, size: int, channels: int) -> np.ndarray:
     """The largest square in the middle, resized: (channels, size, size) float32 in [-1, 1]."""
-    with reading(path, "an image"), Image.open(path) as file:
-        image = ImageOps.fit(file.convert("RGB" if channels == 3 else "L"), (size, size),
+    with reading(path, "an image", "save it with 8 bits a channel"), Image.open(path) as file:
+        image = file
+        if file.mode.startswith("I;16"):  # grey, which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(file) / 257).round().astype(np.uint8))
+        elif file.mode in ("I", "F"):
+            raise ValueError(f"its mode {file.mode} has no known white")
+        image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (size, size),
                              Image.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32).reshape(size, size, channels)
     return pixels.transpose(2, 0, 1) / 127.5 - 1
@@ -288,20 +293,26 @@ def vq_encode(folder: Path, ckpt: Path, out: Path, size: int = 256, batch: int =
 
 
 def vq_decode(tokens: Path, ckpt: Path, out: Path, batch: int = 32) -> None:
-    """Codes (N, L) or (N, rows, columns) to out/000000.png and so on."""
-    model, codes = load_vqgan(ckpt), image_grid(tokens)
-    if not 0 <= codes.min() <= codes.max() < model.vocab_size:
-        raise DataError(f"{tokens} has codes {codes.min()} to {codes.max()}, {ckpt} has only "
-                        f"0 to {model.vocab_size - 1}")
-    out.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode():
-        for i in tqdm(range(0, len(codes), batch), "decoding", unit="batch"):
-            x = torch.from_numpy(codes[i:i + batch].astype(np.int64)).to(model.device)
-            x = (model.decode(x).clamp(-1, 1) + 1) * 127.5
-            x = x.round().byte().movedim(1, -1).cpu().numpy()
-            for j, image in enumerate(x):                         # (H, W, 3 or 1)
-                Image.fromarray(image.squeeze()).save(out / f"{i + j:06d}.png")
-    print(f"{out}: {len(codes):,} images of {x.shape[2]} x {x.shape[1]} pixels")
+    """Codes (N, L) or (N, rows, columns) to out/000000.png and so on; those of catdm.py's
+    samples.npz to a folder for each guidance."""
+    model, names = load_vqgan(ckpt), [""]
+    if tokens.suffix == ".npz":
+        with reading(tokens, "a .npz", "catdm.py --mode sample writes one"):
+            names = [name for name in np.load(tokens).files if name != "labels"]
+    for name in names:
+        codes, folder = image_grid(tokens, name), out / name
+        if codes.max() >= model.vocab_size:
+            raise DataError(f"{tokens} has codes {codes.min()} to {codes.max()}, {ckpt} has only "
+                            f"0 to {model.vocab_size - 1}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with torch.inference_mode():
+            for i in tqdm(range(0, len(codes), batch), "decoding", unit="batch"):
+                x = torch.from_numpy(codes[i:i + batch].astype(np.int64)).to(model.device)
+                x = (model.decode(x).clamp(-1, 1) + 1) * 127.5
+                x = x.round().byte().movedim(1, -1).cpu().numpy()
+                for j, image in enumerate(x):                     # (H, W, 3 or 1)
+                    Image.fromarray(image.squeeze()).save(folder / f"{i + j:06d}.png")
+        print(f"{folder}: {len(codes):,} images of {x.shape[2]} x {x.shape[1]} pixels")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -313,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     encode.add_argument("images", type=Path, help="folder; subfolders, if any, are classes")
     encode.add_argument("--size", type=int, default=256, help="pixels of a side (default 256)")
     decode = commands.add_parser("vq-decode", description="A VQGAN's codes to PNG files")
-    decode.add_argument("tokens", type=Path, help="tokens.npy")
+    decode.add_argument("tokens", type=Path, help="tokens.npy, or catdm.py's samples.npz")
     for command in (encode, decode):
         command.add_argument("--ckpt", type=Path, required=True, help="checkpoint, as "
                              "taming-transformers writes them; its weights alone are read")
@@ -329,6 +340,8 @@ def main(argv: list[str] | None = None) -> None:
             vq_decode(args.tokens, args.ckpt, args.out, args.batch)
     except DataError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk does not say where
+        sys.exit(f"error: {args.out}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """results/vqgan.py, with the public names of its weights, and results/vq_mnist.py."""
 import os
+import shutil
 import sys
 import types
 
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import catdm
+import common
 import data
 import vq_mnist
 import vqgan
@@ -356,6 +359,46 @@ def test_encode_and_decode_folders(small, photographs, tmp_path, capsys):
         assert np.abs(np.asarray(Image.open(file)) - expected).max() <= 1
 
 
+def test_samples_of_a_trained_model_are_decoded(small, trained, tmp_path):
+    """What catdm.py writes for tokens of one's own: --mode sample, then vq-decode."""
+    shutil.copytree(trained("catdm"), tmp_path / "run")
+    flags = "--mode sample --device cpu --samples 3 --sample_steps 2 --guidance 1 --out"
+    common.main(catdm, [*flags.split(), str(tmp_path / "run")])
+    samples = np.load(tmp_path / "run" / "samples.npz")
+    assert samples.files == ["guidance1", "labels"]
+    lightning(small, tmp_path / "last.ckpt")
+    data.main(["vq-decode", str(tmp_path / "run" / "samples.npz"), "--ckpt",
+               str(tmp_path / "last.ckpt"), "--out", str(tmp_path / "back")])
+    files = sorted((tmp_path / "back" / "guidance1").iterdir())
+    drawn = small.decode(torch.from_numpy(samples["guidance1"]).view(3, 3, 3))
+    assert len(files) == 3 and len(list((tmp_path / "back").iterdir())) == 1
+    for file, image in zip(files, drawn):
+        expected = ((image[0].clamp(-1, 1) + 1) * 127.5).round().numpy()
+        assert np.abs(np.asarray(Image.open(file)) - expected).max() <= 1
+
+
+def test_grey_of_16_bits(tmp_path):
+    """A picture of 16 bits is that of its high bytes; of unknown white, or too large, refused."""
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for name, pixels in (("a.png", grey), ("b.png", grey * np.uint16(257)),
+                         ("c.tif", grey * np.uint16(257))):
+        Image.fromarray(pixels).save(tmp_path / name)
+        for channels in (1, 3):
+            x = vqgan.read_image(tmp_path / name, 16, channels)
+            np.testing.assert_array_equal(x, np.stack(channels * [grey]) / np.float32(127.5) - 1)
+    for dtype in (np.int32, np.float32):
+        Image.fromarray(grey.astype(dtype)).save(tmp_path / "d.tif")
+        with pytest.raises(DataError, match="d.tif cannot .*no known white.*save it with 8 bits"):
+            vqgan.read_image(tmp_path / "d.tif", 16, 1)
+
+
+def test_decompression_bombs_are_one_line(tmp_path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 31)  # Pillow refuses twice as many
+    with pytest.raises(DataError, match="a.png cannot be read as an image .*decompression bomb"):
+        vqgan.read_image(tmp_path / "a.png", 16, 1)
+
+
 def test_encode_and_decode_errors(small, photographs, tmp_path):
     lightning(small, tmp_path / "last.ckpt")
     ckpt, out = str(tmp_path / "last.ckpt"), str(tmp_path / "tokens.npy")
@@ -374,6 +417,10 @@ def test_encode_and_decode_errors(small, photographs, tmp_path):
     refused(".*codes 20 to 20, .*only 0 to 19", "vq-decode", out)
     with pytest.raises(SystemExit):
         data.main(["vq-decode", out, "--ckpt", ckpt, "--out", out, "--batch", "0"])
+    np.save(out, np.zeros((2, 4), int))
+    refused(f"{out}: .*File exists", "vq-decode", out)  # --out is a file
+    (tmp_path / "samples.npz").write_bytes(b"PK\x03\x04")
+    refused(".*samples.npz cannot be read as a .npz", "vq-decode", str(tmp_path / "samples.npz"))
 
 
 # ---------------------------------------------------------------- results/vq_mnist.py
