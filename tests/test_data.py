@@ -267,7 +267,7 @@ def test_damaged_cache_is_rebuilt(tmp_path, damage):
     elif damage == "notes":
         meta.write_text(meta.read_text().replace(" abcd", " abdc"))
     elif damage == "shapes":
-        meta.write_text('{"version": "1", "shapes": []}')
+        meta.write_text(json.dumps({"version": data.PYTHON, "shapes": []}))
     elif damage == "bytes":
         array.write_bytes(array.read_bytes()[:2000] + bytes(300) + array.read_bytes()[2300:])
     elif damage == "version":
@@ -385,7 +385,7 @@ class RangeServer(http.server.BaseHTTPRequestHandler):
                 self.send_header("Content-Length", str(len(self.body) - begin))
             self.end_headers()
             self.wfile.write(b"ffff\r\n" * (fault == "chunk"))
-            self.wfile.write(self.body[begin:begin + (2000 if fault == "short" else 10**6)])
+            self.wfile.write(self.body[begin:begin + (2000 if fault == "short" else 10**7)])
 
     def log_message(self, *args):
         pass
@@ -437,13 +437,19 @@ def test_part_longer_than_the_file(tmp_path, server):
     assert (tmp_path / "x.bin").read_bytes() == RangeServer.body
 
 
-@pytest.mark.parametrize("fault", ["", "no length"])
-def test_a_download_larger_than_any_set(tmp_path, server, fault, monkeypatch):
+@pytest.mark.parametrize("fault, fetched", [("", 0), ("no length", 2**20)])
+def test_a_download_larger_than_any_set(tmp_path, server, fault, fetched, monkeypatch):
+    """Nothing is read if the size is known, and else no more than the piece that is too much."""
     server += [fault]
     monkeypatch.setattr(data, "MOST", 10_239)
+    monkeypatch.setattr(RangeServer, "body", bytes(3 * 2**20))
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path: (sizes.append(path.stat().st_size),
+                                                      unlink(path)))
+    sizes = []
     with pytest.raises(DataError, match="more than 10,239 bytes"):
         data.download("https://example.org/x.bin", tmp_path / "x.bin")
-    assert len(RangeServer.requests) == 1 and not list(tmp_path.glob("x*"))
+    assert len(RangeServer.requests) == 1 and not list(tmp_path.glob("x*")) and sizes == [fetched]
 
 
 @pytest.fixture
