@@ -334,6 +334,10 @@ def test_folders_that_cannot_be_had(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", full)
+        with pytest.raises(SystemExit, match="^error: .*No space left on device"):
+            data.main(["pydoc", "--data_dir", str(tmp_path / "a")])
+    with monkeypatch.context() as patch:
         patch.setattr(data.tempfile, "mkdtemp", full)
         with pytest.raises(DataError, match=f"preparing {tmp_path}/a/pydoc failed .*No space left"):
             load_dataset("pydoc", tmp_path / "a")

@@ -183,7 +183,7 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(head + array.tobytes(), 1))
 
 
-def test_mnist_from_files_of_any_order(tmp_path):
+def test_mnist_from_files_of_any_order(tmp_path, monkeypatch):
     folder = tmp_path / "mnist"
     folder.mkdir()
     few = np.random.default_rng(0).integers(0, 256, (97, 28, 28), dtype=np.uint8)
@@ -192,7 +192,9 @@ def test_mnist_from_files_of_any_order(tmp_path):
     write_idx(folder / "train-labels-idx1-ubyte.gz", labels)
     write_idx(folder / "t10k-images-idx3-ubyte.gz", images[:10_000] // 2)
     write_idx(folder / "t10k-labels-idx1-ubyte.gz", labels[5:10_005])
-    builder = data.DatasetBuilder([folder])
+    builder = data.DatasetBuilder([folder], tmp_path / "preparing-it")
+    builder.out.mkdir()
+    monkeypatch.setattr(data.tempfile, "tempdir", "nowhere")  # what a kill leaves would stay there
     made = data.mnist_images(builder)
     np.testing.assert_array_equal(made["train"][0], images[:55_000])
     np.testing.assert_array_equal(made["train"][1], labels[:55_000])
@@ -213,6 +215,9 @@ def test_mnist_from_files_of_any_order(tmp_path):
             data.mnist_images(builder)
     write_idx(test_labels, labels[:9_999])
     with pytest.raises(DataError, match=r"t10k-labels.* as MNIST .*\(9999,\)"):
+        data.mnist_images(builder)
+    monkeypatch.setattr(data, "MOST", 1)
+    with pytest.raises(DataError, match="train-images.* as IDX .gz .*unpacks to more than 1 bytes"):
         data.mnist_images(builder)
 
 
