@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Iterator, Sequence
@@ -1106,28 +1107,44 @@ def progress(iterable=None, desc: str | None = None, total: int | None = None, *
 # ---------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(path: Path, state: dict) -> None:
-    """Save atomically: a crash or a full disk leaves the previous checkpoint as it was."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """A file to write that takes the place of `path` once it is whole: a crash or a full disk
+    leaves the previous one as it was. Raises RunError."""
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": "catdiff-1", **state}, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        kept = "the previous checkpoint is intact" if path.exists() else "nothing was saved"
-        raise RunError(f"could not save {path} ({error}): {kept}; free some disk space and run "
-                       "the same command again") from error
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        kept = f"the previous {path.stem} is intact" if path.exists() else "nothing was saved"
+        raise RunError(f"could not save {path} ({error}): {kept}; see to disk space and "
+                       "permissions, and run the same command again") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    with replacing(path) as file:
+        torch.save({"format": "catdiff-1", **state}, file)
 
 
 def read_checkpoint(path: Path, method: str = "", device: str | torch.device = "cpu",
                     mmap: bool = False) -> dict:
-    """Load a checkpoint (of `method`) with weights_only=True, or say what is wrong with it."""
+    """Load a checkpoint (of `method`) with weights_only=True, or say what is wrong with it.
+    With `mmap` only what is asked of it is read: its tensors are not compared to checksums."""
     if not path.exists():
         raise RunError(f"no checkpoint at {path}: train first, or point --out at a run folder")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself compares no checksums
+            for info in archive.infolist():
+                if not mmap or info.filename.endswith("data.pkl"):
+                    archive.read(info)
+                if info.external_attr:  # torch leaves the tensors of "folders" unread
+                    raise zipfile.BadZipFile
         state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds for truncated and foreign files
         raise RunError(f"{path} is truncated or not a checkpoint ({type(error).__name__}): "
@@ -1211,10 +1228,8 @@ def utilisation(flops_per_s: float, ddp: DDP) -> float | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomically."""
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -452,6 +452,31 @@ def test_checkpoint_round_trip_and_foreign_files(tmp_path):
         common.read_checkpoint(path, "cadd")
 
 
+def test_flipped_bits_are_refused_or_change_nothing(tmp_path):
+    """Some 1,400 bits of the file, and those that call each of its parts a folder."""
+    path, tensors = tmp_path / "checkpoint.pt", {str(n): torch.arange(n) + 0.5 for n in (1, 9, 40)}
+    common.write_checkpoint(path, dict(method="toy", config={"lr": 0.5}, ema=tensors, step=7))
+    whole, outcomes = path.read_bytes(), [0, 0]
+    parts = [i for i in range(len(whole)) if whole.startswith(b"PK\1\2", i)]
+    flips = [8 * i + k for i in parts for k in range(8 * 38, 8 * 42)]  # their external attributes
+    flips += np.random.default_rng(0).choice(8 * len(whole), 1400, replace=False).tolist()
+    for flip in flips:
+        raw = bytearray(whole)
+        raw[flip // 8] ^= 1 << flip % 8
+        path.write_bytes(raw)
+        for mmap in (True, False):
+            try:
+                state = common.read_checkpoint(path, mmap=mmap)
+            except RunError as error:
+                assert "truncated or not a checkpoint" in str(error)
+            else:
+                assert (state["method"], state["config"], state["step"]) == ("toy", {"lr": 0.5}, 7)
+                good = all(torch.equal(state["ema"][k], v) for k, v in tensors.items())
+                assert good or mmap, divmod(flip, 8)
+                outcomes[mmap] += 1
+    assert 300 < outcomes[False] < outcomes[True] < len(flips), "padding may change, or tensors"
+
+
 def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     """A file-size limit makes the kernel refuse the write, as a full disk does."""
     resource = pytest.importorskip("resource")
@@ -462,6 +487,8 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     try:
         with pytest.raises(RunError, match="the previous checkpoint is intact"):
             common.write_checkpoint(path, dict(method="cadd", step=2, big=torch.zeros(100_000)))
+        with pytest.raises(RunError, match="could not save .*rows.json.*nothing was saved"):
+            common.write_json(tmp_path / "rows.json", "x" * 20_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert common.read_checkpoint(path, "cadd")["step"] == 1
