@@ -946,7 +946,7 @@ class Run:
         """Yields the numbers of the steps to do. `summarise` makes of the sums of all ranks'
         statistics, a number or a list each, what log.jsonl gets and what the bar shows.
 
-        Raises RunError where a statistic is not finite, KeyboardInterrupt after Ctrl-C or SIGTERM,
+        Raises RunError where a statistic or the weights are not finite, KeyboardInterrupt after Ctrl-C or SIGTERM,
         once the step is saved.
         """
         cfg, ddp = self._cfg, self._ddp
@@ -972,8 +972,10 @@ class Run:
                 finished = stop.asked or bool(out_of_time)
                 if ddp.world > 1:
                     finished = ddp.any(finished) if at_log else False
-                if at_log or finished:
+                saves = self.step % cfg.save_every == 0 or self.step == cfg.steps or finished
+                if at_log or saves:
                     total = self._sums(logged)  # the only wait for the device
+                if at_log or finished:
                     now = time.time()
                     done = (self.step - mark[0]) / (self.step - logged)
                     rate = done * total["tokens"] / max(1e-9, now - mark[1])
@@ -986,11 +988,9 @@ class Run:
                     bar.set_postfix(shown | {"tok/s": f"{rate:,.0f}"}
                                     | ({"mfu": f"{use:.0%}"} if use else {}), refresh=False)
                     self._total, logged, mark = {}, self.step, (self.step, time.time())
-                if self.step % cfg.save_every == 0 or self.step == cfg.steps or finished:
+                if saves:
                     self._seconds, clock = self._seconds + time.time() - clock, time.time()
-                    bad = not all(bool(torch.isfinite(v).all()) for v in self._total.values())
-                    if not (ddp.any(bad) if ddp.world > 1 else bad):
-                        self._save()
+                    self._save()
         finally:
             bar.close()
             stop.restore()
@@ -1024,12 +1024,15 @@ class Run:
                 rng=rng, tokenizer=self._data.tokenizer()))
 
     def _sums(self, logged: int) -> dict[str, Any]:
-        """All ranks' statistics since step `logged` as numbers and lists."""
-        flat = torch.cat([v.flatten().double() for v in self._total.values()])
+        """All ranks' statistics since step `logged` as numbers and lists. Raises RunError, on all
+        ranks alike, where one is not finite, or the weights after the last update."""
+        norm = torch.stack(torch._foreach_norm([p.detach() for p in self._model.parameters()])).sum()
+        flat = torch.cat([v.flatten().double() for v in (*self._total.values(), norm)])
         flat = self._ddp.sum(flat).tolist()
         if bad := next((x for x in flat if not math.isfinite(x)), None):
+            what = "loss" if flat.index(bad) < len(flat) - 1 else "norm of the weights"
             raise RunError(
-                f"the loss is {bad} between steps {logged} and {self.step}. "
+                f"the {what} is {bad} between steps {logged} and {self.step}. "
                 + (f"{self._checkpoint} still holds an earlier, good state: "
                    if self._checkpoint.exists() else "Nothing was saved yet: ")
                 + "try a lower --lr or --clip")

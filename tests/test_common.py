@@ -623,8 +623,7 @@ def test_statistics_are_sums_since_the_last_line_over_all_ranks(tmp_path):
 
 
 def test_a_rank_leaves_the_loop_when_another_asks(tmp_path, monkeypatch):
-    """They ask each other at the log, here it is the other one, at the second; and before they
-    save together, whether the statistics of one are bad."""
+    """They ask each other at the log, here it is the other one, at the second."""
     ranks = Pair(0, 2, torch.device("cpu"), False)
     asked = []
     ranks.any = lambda flag: asked.append(flag) or len(asked) == 2
@@ -632,7 +631,7 @@ def test_a_rank_leaves_the_loop_when_another_asks(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "rng_states", lambda ddp: [{}, {}])  # the gathering of both
     for _ in run.steps(lambda total: ({}, {})):
         run.add(tokens=1)
-    assert asked == [False, False, False] and run.step == 4
+    assert asked == [False, False] and run.step == 4
     assert common.read_checkpoint(tmp_path / "run" / "checkpoint.pt", "toy")["step"] == 4
 
 
@@ -655,13 +654,24 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 
 def test_what_is_not_finite_is_never_saved(tmp_path):
-    """Step 4 is to be saved between two lines of the log, and its statistics are infinite."""
-    run = tiny_run(tmp_path, log_every=3, save_every=2)
-    with pytest.raises(RunError, match="the loss is inf between steps 3 and 6.*good state.*--lr"):
-        for step in run.steps(lambda total: ({}, {})):
-            run.add(tokens=1, loss=torch.tensor(math.inf if step == 3 else 1.0))
-    kept = common.read_checkpoint(tmp_path / "run" / "checkpoint.pt", "toy")
-    assert kept["step"] == 2
+    """Step 4 is saved between two lines of the log, 6 with one. Its statistics are infinite, or
+    another rank's are nan, or only the weights after the update."""
+    for begin, bad, log_every, message in [
+            (3, "loss", 3, "the loss is inf between steps 3 and 4"),
+            (3, "rank", 3, "the loss is nan between steps 3 and 4"),
+            (3, "weight", 3, "the norm of the weights is nan between steps 3 and 4"),
+            (5, "weight", 2, "the norm of the weights is nan between steps 4 and 6")]:
+        run = tiny_run(tmp_path, ranks := ddp(), log_every=log_every, save_every=2, overwrite=True)
+        with pytest.raises(RunError, match=f"{message}.*good state.*--lr"):
+            for step in run.steps(lambda total: ({}, {})):
+                now = bad if step == begin else ""
+                run.add(tokens=1, loss=torch.tensor(math.inf if now == "loss" else 1.0))
+                if now == "weight":
+                    run.ema.live[1].data[0] = math.nan
+                if now == "rank":
+                    ranks.sum = lambda x: x + math.nan
+        kept = common.read_checkpoint(tmp_path / "run" / "checkpoint.pt", "toy")
+        assert kept["step"] == begin - 1 and torch.isfinite(kept["model"]["bias"]).all()
 
 
 def test_the_first_line_says_what_is_trained(tmp_path, capsys):
