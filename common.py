@@ -35,6 +35,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from data import locked
+
 
 class RunError(RuntimeError):
     """A problem the user can solve; `main` prints its one line and exits with code 1."""
@@ -920,8 +922,11 @@ class Run:
             self._resume()
         else:
             torch.manual_seed(fold_in(cfg.seed, ddp.rank))  # dropout differs between ranks
-        over = self.step >= cfg.steps or (cfg.minutes and self._seconds >= 60 * cfg.minutes)
-        self.complete = bool(over and (Path(cfg.out) / "result.json").exists())
+        self._over = bool(self.step >= cfg.steps
+                          or cfg.minutes and self._seconds >= 60 * cfg.minutes)
+        result = Path(cfg.out) / "result.json"  # of this step, or of an earlier one
+        self.complete = (self._over and result.exists()
+                         and json.loads(result.read_text()).get("step") == self.step)
         if self.complete:
             ddp.print(f"{cfg.out} is complete: {self.step} steps in {self._seconds / 60:.1f} "
                       f"minutes. To continue, give more --steps"
@@ -954,7 +959,7 @@ class Run:
             yield from self._timed_steps()
         if cfg.mode == "bench" or self.complete:
             return
-        stop, bar, finished, logged = StopRequest(), self._open_log(), False, self.step
+        stop, bar, finished, logged = StopRequest(), self._open_log(), self._over, self.step
         clock, mark = time.time(), None
         try:
             while self.step < cfg.steps and not finished:
@@ -1043,22 +1048,42 @@ class Run:
         return total
 
     def _open_log(self) -> tqdm:
-        """log.jsonl in the run folder, whose first line says what ran, and a bar."""
+        """log.jsonl in the run folder, whose first line says what ran, and a bar. What an earlier
+        training left goes, and what a killed one did since its checkpoint."""
         self._log = None
         if self._ddp.is_main:
-            Path(self._cfg.out).mkdir(parents=True, exist_ok=True)
-            self._log = Path(self._cfg.out) / "log.jsonl"
+            out = Path(self._cfg.out)
+            out.mkdir(parents=True, exist_ok=True)
+            self._log = out / "log.jsonl"
             if not self._resumed:
-                self._log.write_text("")
+                for name in ("result.json", "checkpoint.pt", "log.jsonl"):
+                    (out / name).unlink(missing_ok=True)
+            elif self._log.exists():
+                lines = self._log.read_text(errors="replace").splitlines()
+                write_text(self._log, "".join(f"{x}\n" for x in lines if self._was_saved(x)))
+            for remnant in out.glob("*.tmp[0-9]*"):
+                remnant.unlink()
             self._write({"start": dict(method=self._script, argv=sys.argv[1:], **self._facts()),
                          "step": self.step})
         return progress(total=self._cfg.steps, initial=self.step, unit="step", leave=True,
                         disable=not self._ddp.is_main)
 
+    def _was_saved(self, line: str) -> bool:
+        """Whether a line of the log is whole, and of a step up to the checkpoint's."""
+        try:
+            return json.loads(line).get("step", 0) <= self.step
+        except ValueError:
+            return False
+
     def _write(self, record: dict) -> None:
         if self._log:
-            with open(self._log, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self._log, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise RunError(f"could not write {self._log} ({error}): see to disk space and "
+                               "permissions; the same command resumes at the last checkpoint"
+                               ) from error
 
     def _timed_steps(self) -> Iterator[int]:
         """--mode bench: five steps to warm up, then bench_steps that count."""
@@ -1333,6 +1358,22 @@ def report(script: ModuleType, cfg: RunConfig, ddp: DDP, data: Any, run: Run) ->
     print(f"{file}: {run.step} steps, {run._seconds / 60:.1f} minutes of training")
 
 
+@contextlib.contextmanager
+def sole_training(cfg: RunConfig, ddp: DDP) -> Iterator[None]:
+    """Holds the run folder, made if need be: of two trainings into it one would be lost."""
+    with contextlib.ExitStack() as held:
+        if cfg.mode == "train" and ddp.is_main:
+            try:
+                Path(cfg.out).mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(
+                    Path(cfg.out) / ".training", f"another run is training in {cfg.out}: wait "
+                    "until it ends, or choose another --out"))
+            except OSError as error:
+                raise RunError(f"--out {cfg.out} cannot be written ({error}): choose another, or "
+                               "see to its permissions") from error
+        yield
+
+
 def open_run(script: ModuleType, out: str, flags: list[str]
              ) -> tuple[Any, DDP, nn.Module, Any, int]:
     """A trained run for eval.py: its config with `flags`, processes, model with the averaged
@@ -1381,9 +1422,10 @@ def main(script: ModuleType, argv: list[str] | None = None) -> None:
                 cfg = dataclasses.replace(cfg, **{whole: at_once * ddp.world})
     if cfg.mode in ("train", "bench"):
         data = script.load(cfg)
-        run = script.train(cfg, ddp, data)
-        if cfg.mode == "train" and not run.complete:
-            report(script, cfg, ddp, data, run)
+        with sole_training(cfg, ddp):
+            run = script.train(cfg, ddp, data)
+            if cfg.mode == "train" and not run.complete:
+                report(script, cfg, ddp, data, run)
     elif cfg.mode == "sample":
         model, data, _ = _load_trained(script, cfg, ddp)
         if ddp.is_main:

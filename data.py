@@ -513,17 +513,20 @@ def first_writable(folders: Sequence[Path]) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, busy: str = "") -> Iterator[bool]:
     """One process at a time holds `path`; yields False where the file system knows no locks.
 
-    The system itself frees the lock of a process that dies, so none is ever stale.
+    The system itself frees the lock of a process that dies, so none is ever stale. Waits for
+    another process, or raises DataError with the line `busy`.
     """
-    with open(path, "w") as file:
+    with open(path, "a") as file:
         try:
             import fcntl
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if busy:
+                    raise DataError(busy) from None
                 print(f"waiting for another process to free {path}", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
             alone = True

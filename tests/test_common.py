@@ -635,6 +635,14 @@ def test_a_rank_leaves_the_loop_when_another_asks(tmp_path, monkeypatch):
     assert common.read_checkpoint(tmp_path / "run" / "checkpoint.pt", "toy")["step"] == 4
 
 
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path)
+    with pytest.raises(RunError, match="could not write .*log.jsonl .*the same command resumes"):
+        for _ in run.steps(lambda total: ({}, {})):
+            run.add(tokens=1)
+            run._log = tmp_path / "gone" / "log.jsonl"
+
+
 def test_an_error_in_the_loop_leaves_the_signals_as_they_were(tmp_path):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     run = tiny_run(tmp_path)

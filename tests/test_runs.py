@@ -198,6 +198,69 @@ def test_a_run_that_ended_without_its_report_makes_it(run, name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_an_older_result_does_not_make_a_run_complete(run, name, monkeypatch, capsys):
+    """Continued, or started anew, and killed in its final evaluation: the same command makes the
+    report, of the same step, and the next one finds it."""
+    out, reports = run(name, 2), []
+
+    def killed(*_):
+        raise SystemExit(9)
+    for steps, flags in [(4, []), (2, ["--overwrite"]), (10**6, ["--minutes", "0.002"])]:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(common, "report", killed)
+            run(name, steps, *flags)
+        step = checkpoint(out)["step"]
+        for _ in range(2):
+            capsys.readouterr()
+            run(name, steps, *(flag for flag in flags if flag != "--overwrite"))
+            reports.append("is complete" not in capsys.readouterr().out)
+            assert json.loads((out / "result.json").read_text())["step"] == step
+    assert reports == [True, False] * 3
+
+
+def test_what_a_kill_leaves_is_repaired(run, trained):
+    """Rows that the checkpoint does not know, a torn line and half-written files; --overwrite
+    leaves nothing of the run before."""
+    out = run("cadd", 4, "--dropout", "0.2", "--save_every", "2")
+    log, remnants = out / "log.jsonl", [out / "checkpoint.tmp123", out / "result.tmp4"]
+    for torn in ('{"step": 6, "lr"', '{"step": 6, "lr": 0}\n{"st', "\0\0\0"):
+        shutil.copy(log, out / "kept")
+        with open(log, "a") as file:
+            file.write('{"step": 5, "lr": 0}\n' + torn)
+        for remnant in remnants:
+            remnant.write_bytes(b"PK")
+        state = (out / "checkpoint.pt").read_bytes()
+        run("cadd", 6, "--dropout", "0.2")
+        assert [r["step"] for r in log_of(out) if "start" not in r] == [2, 4, 6]
+        assert curves(out) == {k: curves(trained("cadd"))[k] | {"hint_accuracy_by_t": v[
+            "hint_accuracy_by_t"]} for k, v in curves(out).items()}
+        assert not any(remnant.exists() for remnant in remnants)
+        (out / "checkpoint.pt").write_bytes(state)
+        (out / "kept").replace(log)
+    with pytest.raises(RunError, match="loss is nan.*Nothing was saved yet"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "share_moments", lambda share: (0.1, 0.0))
+            run("cadd", 6, "--overwrite", "--length", "64")
+    assert sorted(p.name for p in out.iterdir()) == [".training", "log.jsonl"]
+
+
+def test_of_two_trainings_into_one_folder_the_second_is_refused(run, at_step, tmp_path, capsys,
+                                                                data_dir):
+    """In its loop and in its report; a lock that nobody holds, of a process that died, is none."""
+    other = [*tiny("cadd", data_dir), "--steps", "6", "--out", tmp_path / "a", "--overwrite"]
+
+    def refused(*_):
+        failed(capsys, f"another run is training in {tmp_path / 'a'}: ", "cadd.py", *other)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".training").write_text("")
+    at_step(3, refused)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "report", refused)
+        run("cadd", 4)
+    assert sorted(curves(tmp_path / "a")) == [2, 4]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_time_budget_ends_training_and_is_kept_over_resumes(run, name, capsys):
     out = run(name, 10**6, "--minutes", "0.004", "--log_every", "1000000")
     first = checkpoint(out)
@@ -630,7 +693,9 @@ def test_newcomer_mistakes_are_one_line_and_a_bad_exit_code(capsys, tmp_path, da
         failed(capsys, "--device cpu", script, "--device", "cuda")
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    failed(capsys, "exists", script, *tiny(name, data_dir), "--steps", "1", "--out", "file")
+    for out in ("file", "file/run"):
+        failed(capsys, f"--out {out} cannot be written", script, *tiny(name, data_dir), "--steps",
+               "1", "--out", out)
     if name != "difformer":
         failed(capsys, "train", script, "--dataset", "folder", "--device", "cpu")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
