@@ -503,14 +503,30 @@ def build(cfg: Config, data: Sequences) -> CADD:
     return CADD(cfg, data.vocab_size)
 
 
+def start_from(source: str, model: CADD, data: Sequences) -> None:
+    """Fine-tuning (C.1) from a run's averaged weights. Raises RunError where the network is not the
+    same; an MDM's may get hints at masked positions, where its own inputs carry no token."""
+    path, cfg = Path(source) / "checkpoint.pt", model.cfg
+    state = common.read_checkpoint(path, "cadd")
+    same = ["dim", "depth", "heads", "embed_norm", "time_cond", "alpha"]
+    if state["config"]["hint"] != "none":
+        same += ["hint", "hint_at", "fuse"]
+    elif cfg.hint != "none" and cfg.hint_at != "masked":
+        raise RunError(f"--init_from {source} is an MDM: give --hint_at masked, which keeps its "
+                       "inputs")
+    common.check_same_run(state["config"], {k: getattr(cfg, k) for k in same}, Config,
+                          f"--init_from {source}", "its network stays the same")
+    common.check_same_data({"tokenizer": state["tokenizer"]}, data,
+                           dataclasses.replace(cfg, out=source))
+    own = {k: v for k, v in model.state_dict().items() if k.startswith("fuse.")}
+    common.load_weights(model, {**own, **state["ema"]["params"]}, path)
+
+
 def train(cfg: Config, ddp: common.DDP, data: Sequences) -> common.Run:
     """Algorithm 1, on all ranks, from where the run folder's checkpoint stands."""
     model = build(cfg, data).to(ddp.device)
-    if cfg.init_from:
-        source = Path(cfg.init_from) / "checkpoint.pt"
-        weights = common.read_checkpoint(source, "cadd", ddp.device)["ema"]["params"]
-        own = {k: v for k, v in model.state_dict().items() if k.startswith("fuse.")}
-        common.load_weights(model, {**own, **weights}, source)
+    if cfg.init_from and (cfg.overwrite or not (Path(cfg.out) / "checkpoint.pt").exists()):
+        start_from(cfg.init_from, model, data)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8,
                                   weight_decay=cfg.weight_decay, fused=True)
     ema = common.EMA(model, cfg.ema)

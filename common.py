@@ -739,15 +739,16 @@ def parse_config(script: ModuleType, argv: list[str] | None = None) -> Any:
     return cfg
 
 
-def check_same_run(saved: dict, wanted: dict, cls: type) -> None:
+def check_same_run(saved: dict, wanted: dict, cls: type, run: str = "this run", advice: str =
+                   "drop that flag, choose another --out, or start anew with --overwrite") -> None:
     """Refuse to continue a run with other values of the fields that define it. A field newer than
     the checkpoint had its default."""
     for field in dataclasses.fields(cls):
         name, had = field.name, saved.get(field.name, field.default)
-        if field.metadata["fixed"] and name in wanted and had != wanted[name]:
-            raise RunError(
-                f"this run was made with --{name} {had}, not {wanted[name]}: "
-                "drop that flag, choose another --out, or start anew with --overwrite")
+        # A cosine ends at the last step: with more of them the learning rate would jump up again.
+        fixed = field.metadata["fixed"] or (name, saved.get("lr_schedule")) == ("steps", "cosine")
+        if fixed and name in wanted and had != wanted[name]:
+            raise RunError(f"{run} was made with --{name} {had}, not {wanted[name]}: {advice}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -928,9 +929,11 @@ class Run:
         self.complete = (self._over and result.exists()
                          and json.loads(result.read_text()).get("step") == self.step)
         if self.complete:
+            more = " or ".join(["--steps"] * (cfg.lr_schedule != "cosine")
+                               + ["--minutes"] * bool(cfg.minutes))
             ddp.print(f"{cfg.out} is complete: {self.step} steps in {self._seconds / 60:.1f} "
-                      f"minutes. To continue, give more --steps"
-                      f"{' or --minutes' if cfg.minutes else ''}; to start anew, --overwrite or "
+                      f"minutes. To {more and f'continue, give more {more}; to '}start anew, "
+                      "--overwrite or "
                       f"another --out; to sample: python {script}.py --dataset {cfg.dataset} "
                       f"--mode sample --out {cfg.out}")
             return
@@ -951,8 +954,8 @@ class Run:
         """Yields the numbers of the steps to do. `summarise` makes of the sums of all ranks'
         statistics, a number or a list each, what log.jsonl gets and what the bar shows.
 
-        Raises RunError where a statistic or the weights are not finite, KeyboardInterrupt after Ctrl-C or SIGTERM,
-        once the step is saved.
+        Raises RunError where a statistic or the weights are not finite, KeyboardInterrupt after
+        Ctrl-C or SIGTERM, once the step is saved.
         """
         cfg, ddp = self._cfg, self._ddp
         if cfg.mode == "bench":
@@ -1012,8 +1015,16 @@ class Run:
     def _resume(self) -> None:
         state = read_checkpoint(self._checkpoint, self._script, self._ddp.device)
         check_same_run(state["config"], dataclasses.asdict(self._cfg), type(self._cfg))
-        check_same_tokens(state["tokenizer"], self._data, self._cfg)
+        check_same_data(state, self._data, self._cfg)
         load_weights(self._model, state["model"], self._checkpoint)
+        # PyTorch compares no shapes here: a cut moment would be read beyond its end.
+        mine = (p for group in self._optimizer.param_groups for p in group["params"])
+        pairs = [(p, v) for i, p in enumerate(mine) for key, v in state["optimizer"]["state"].get(
+            i, {}).items() if isinstance(v, Tensor) and key != "step"]
+        pairs += zip(self.ema.average, state["ema"]["params"].values())
+        if any(p.shape != v.shape or p.dtype != v.dtype for p, v in pairs):
+            raise RunError(f"{self._checkpoint} does not fit this model: its optimizer's state or "
+                           "averages are of other shapes or types; start anew with --overwrite")
         self._optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.step, self._seconds = state["step"], state["seconds"]
@@ -1026,13 +1037,14 @@ class Run:
                 method=self._script, config=dataclasses.asdict(self._cfg),
                 model=self._model.state_dict(), ema=self.ema.state_dict(),
                 optimizer=self._optimizer.state_dict(), step=self.step, seconds=self._seconds,
-                rng=rng, tokenizer=self._data.tokenizer()))
+                rng=rng, tokenizer=self._data.tokenizer(),
+                data=self._data.fingerprint()))
 
     def _sums(self, logged: int) -> dict[str, Any]:
         """All ranks' statistics since step `logged` as numbers and lists. Raises RunError, on all
         ranks alike, where one is not finite, or the weights after the last update."""
-        norm = torch.stack(torch._foreach_norm([p.detach() for p in self._model.parameters()])).sum()
-        flat = torch.cat([v.flatten().double() for v in (*self._total.values(), norm)])
+        norms = torch._foreach_norm([p.detach() for p in self._model.parameters()])
+        flat = torch.cat([v.flatten().double() for v in (*self._total.values(), torch.stack(norms).sum())])
         flat = self._ddp.sum(flat).tolist()
         if bad := next((x for x in flat if not math.isfinite(x)), None):
             what = "loss" if flat.index(bad) < len(flat) - 1 else "norm of the weights"
@@ -1193,12 +1205,14 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
         raise RunError(f"{path} does not fit this model: {detail}") from error
 
 
-def check_same_tokens(saved: dict, data: Any, cfg: RunConfig) -> None:
-    """Refuse data whose vocabulary is not the one in a checkpoint's tokenizer dictionary."""
-    mine = data.tokenizer()
-    if any(mine[k] != saved[k] for k in ("vocab", "pixels") if k in mine and k in saved):
-        raise RunError(f"the data of {cfg.dataset} are not those that {cfg.out} learned its tokens "
-                       "from: restore them, or choose another --out")
+def check_same_data(state: dict, data: Any, cfg: RunConfig) -> None:
+    """Refuse data whose vocabulary is not the one in a checkpoint's tokenizer dictionary, or whose
+    training split is another (which old checkpoints do not say, and sampling does not read)."""
+    mine, kept = data.tokenizer(), state["tokenizer"]
+    other = any(mine[k] != kept[k] for k in ("vocab", "pixels") if k in mine and k in kept)
+    if other or "data" in state and cfg.mode != "sample" and state["data"] != data.fingerprint():
+        raise RunError(f"the data of {cfg.dataset} are not those that {cfg.out} learned from: "
+                       "restore them, or choose another --out")
 
 
 def rng_states(ddp: DDP) -> list[dict]:
@@ -1387,7 +1401,7 @@ def _load_trained(script: ModuleType, cfg: RunConfig, ddp: DDP) -> tuple[nn.Modu
     path = Path(cfg.out) / "checkpoint.pt"
     state = read_checkpoint(path, script_name(script), ddp.device)
     data = script.load(cfg, state["tokenizer"] if cfg.mode == "sample" else None)
-    check_same_tokens(state["tokenizer"], data, cfg)
+    check_same_data(state, data, cfg)
     model = script.build(cfg, data).to(ddp.device)
     load_weights(model, state["ema"]["params"], path)
     return model.eval(), data, state["step"]

@@ -144,6 +144,10 @@ class Sequences:
             kept |= {"classes": self.classes, "shape": self.shape, "pixels": pixels}
         return kept | {"codec": self.codec.kind, "vocab": self.codec.vocab}
 
+    def fingerprint(self) -> list[int]:
+        """Tells this training split from others."""
+        return checksum(*(of["train"] for of in (self.splits, self.labels) if "train" in of))
+
     @classmethod
     def from_tokenizer(cls, kept: dict, splits: dict[str, np.ndarray] | None = None,
                        labels: dict[str, np.ndarray] | None = None) -> Sequences:
@@ -396,6 +400,10 @@ class PairData:
         return {"name": self.name, "length": self.length, "vocab": self.codec.vocab,
                 "lower": self.lower}
 
+    def fingerprint(self) -> list[int]:
+        """As of Sequences."""
+        return checksum(*(x for side in self.train for x in (side.ids, side.starts)))
+
     @classmethod
     def from_tokenizer(cls, kept: dict) -> PairData:
         """To translate: without pairs."""
@@ -586,6 +594,17 @@ def open_prepared(folder: Path, version: str) -> Prepared | None:
         return (arrays, notes) if good else None
     except Exception:  # such as a file shorter than it says
         return None
+
+
+def checksum(*arrays: np.ndarray) -> list[int]:
+    """Shapes of integers, and a CRC of up to 2**24 of each, in parts that lie evenly: the largest
+    sets are memory-mapped, and not read whole."""
+    crc = 0
+    for x in arrays:
+        flat = x.reshape(-1)
+        for i in np.unique(np.linspace(0, max(0, flat.size - 2**16), 256).astype(int)):
+            crc = zlib.crc32(flat[i:i + 2**16].astype(np.int32), crc)
+    return [*(n for x in arrays for n in x.shape), crc]
 
 
 def sha256_of(path: Path) -> str:

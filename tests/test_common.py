@@ -594,7 +594,8 @@ def tiny_run(tmp_path, ranks=None, data=None, **flags):
     cfg = TinyConfig(**{"steps": 6, "log_every": 2, "save_every": 4, "out": str(tmp_path / "run"),
                         **flags})
     data = data or types.SimpleNamespace(
-        describe=lambda: "nothing: 0 sequences", tokenizer=lambda: {"vocab": [1]}, length=3)
+        describe=lambda: "nothing: 0 sequences", tokenizer=lambda: {"vocab": [1]}, length=3,
+        fingerprint=lambda: [3])
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     return common.Run("toy", cfg, ranks or ddp(), data, model, optimizer,
@@ -695,7 +696,8 @@ def test_the_first_line_says_what_is_trained(tmp_path, capsys):
     (dict(pixels=[[1]]), dict(vocab=[2], pixels=[[3]]), False)])
 def test_data_must_be_those_whose_tokens_were_learned(tmp_path, kept, now, fits):
     """Old checkpoints of images kept no vocabulary, but pictures."""
-    before, after = (types.SimpleNamespace(describe=str, tokenizer=lambda t=t: t, length=3)
+    before, after = (types.SimpleNamespace(describe=str, tokenizer=lambda t=t: t, length=3,
+                                           fingerprint=list)
                      for t in (kept, now))
     run = tiny_run(tmp_path, data=before, steps=2)
     for _ in run.steps(lambda total: ({}, {})):

@@ -682,10 +682,10 @@ def test_other_training_text_is_refused(run, tmp_path):
     run(2, *files)
     out = run(3, *files)
     sides[0].write_text("drei vier\n" * 18)
-    with pytest.raises(RunError, match="files are not those that .* learned its tokens from"):
+    with pytest.raises(RunError, match="files are not those that .* learned from"):
         run(4, *files)
     for mode in ("eval", "sample"):
-        with pytest.raises(RunError, match="files are not those that .* learned its tokens from"):
+        with pytest.raises(RunError, match="files are not those that .* learned from"):
             difformer.main(["--mode", mode, "--device", "cpu", "--out", str(out)])
 
 

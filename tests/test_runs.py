@@ -802,16 +802,87 @@ def test_prompts_and_watching(copy_of, capsys):
     assert "the ···" in printed  # --watch shows the gaps
 
 
-def test_fine_tuning_starts_from_the_mdm(run, trained):
-    """One step with learning rate 0 leaves what it starts from: the averaged weights."""
-    mdm = trained("cadd-mdlm")
-    out = run("cadd", 1, "--init_from", str(mdm), "--hint_at", "masked", "--fuse", "concat",
-              "--lr", "0", "--ema", "0", out="tuned")
+def test_fine_tuning_starts_from_the_mdm(run, copy_of):
+    """One step with learning rate 0 leaves what it starts from: the averaged weights. To resume,
+    the source is not needed; it must be of the same network and vocabulary."""
+    mdm = copy_of("cadd-mdlm")
+    flags = ["--init_from", str(mdm), "--alpha", "cosine", "--fuse", "concat", "--lr", "0", "--ema",
+             "0"]
+    with pytest.raises(RunError, match="is an MDM: give --hint_at masked"):
+        run("cadd", 1, *flags, out="tuned")
+    flags += ["--hint_at", "masked"]
+    for other in ("heads 1", "dim 32", "depth 2", "embed_norm 0.5", "time_cond", "alpha linear"):
+        with pytest.raises(RunError, match=f"{mdm} was made with --{other.split()[0]} .*, not"):
+            run("cadd", 1, *flags, *f"--{other}".split(), out="tuned")
+    out = run("cadd", 1, *flags, out="tuned")
     own, weights = checkpoint(out), checkpoint(mdm)["ema"]["params"]
     assert {"fuse.weight", "fuse.bias"} == set(own["model"]) - set(weights)
     for name, value in weights.items():
         assert torch.equal(own["model"][name], value)
         assert torch.equal(own["ema"]["params"][name], value)
+    with pytest.raises(RunError, match=f"{out} was made with --hint_at masked, not all"):
+        run("cadd", 1, *flags, "--init_from", str(out), "--hint_at", "all", out="more")
+    state = checkpoint(mdm)
+    state["tokenizer"]["vocab"] = state["tokenizer"]["vocab"][::-1]
+    torch.save(state, mdm / "checkpoint.pt")
+    with pytest.raises(RunError, match=f"not those that {mdm} learned from"):
+        run("cadd", 1, *flags, out="more")
+    shutil.rmtree(mdm)
+    assert checkpoint(run("cadd", 2, *flags, out="tuned"))["step"] == 2
+
+
+@pytest.mark.parametrize("harm", ["cut", "transposed", "average", "half"])
+def test_moments_and_averages_of_other_shapes_are_refused(run, copy_of, harm):
+    """PyTorch loads them as they are: read past their end, or in another order."""
+    out = copy_of("cadd")
+    state = checkpoint(out)
+    where = state["ema"]["params"] if harm == "average" else {
+        (i, key): v for i, kept in state["optimizer"]["state"].items() for key, v in kept.items()}
+    key = next(k for k, v in where.items() if v.dim() == 2 and len(set(v.shape)) == 2)
+    v = where[key]
+    v = {"cut": v[:1].clone(), "half": v.bfloat16()}.get(harm, v.T.contiguous())
+    if harm == "average":
+        where[key] = v
+    else:
+        state["optimizer"]["state"][key[0]][key[1]] = v
+    torch.save(state, out / "checkpoint.pt")
+    with pytest.raises(RunError, match="checkpoint.pt does not fit this model: its optimizer's"):
+        run("cadd", 7, "--dropout", "0.2", out=str(out))
+
+
+def test_a_cosine_ends_where_it_was_to_end(run, capsys):
+    """More steps would raise the learning rate again, fewer would end above 0."""
+    out = run("cadd", 4, "--lr_schedule", "cosine", "--save_every", "2")
+    for steps in (3, 6):
+        with pytest.raises(RunError, match=f"made with --steps 4, not {steps}: .*--overwrite"):
+            run("cadd", steps, "--lr_schedule", "cosine")
+    capsys.readouterr()
+    run("cadd", 4, "--lr_schedule", "cosine")
+    assert "is complete" in (printed := capsys.readouterr().out) and "--steps" not in printed
+    assert sorted(curves(out)) == [2, 4]
+
+
+def test_other_text_of_the_same_letters_is_refused(run, tmp_path):
+    """On resuming and on evaluating; sampling does not read it, and old checkpoints do not know."""
+    text, folder = "ab ba abba baab " * 20, tmp_path / "own"
+    folder.mkdir()
+    (folder / "valid.txt").write_text(text)
+
+    def train(steps, text):
+        (folder / "train.txt").write_text(text)
+        return run("cadd", steps, "--dataset", str(folder))
+    train(2, text)
+    out = train(3, text)
+    with pytest.raises(RunError, match="are not those that .* learned from: restore them"):
+        train(4, text[::-1])
+    flags = ["--out", str(out), "--device", "cpu", "--mode"]
+    with pytest.raises(RunError, match="are not those that .* learned from: restore them"):
+        common.main(cadd, [*flags, "eval"])
+    common.main(cadd, [*flags, "sample"])
+    state = checkpoint(out)
+    del state["data"]
+    torch.save(state, out / "checkpoint.pt")
+    assert checkpoint(train(4, text[::-1]))["step"] == 4
 
 
 def test_eval_scores_runs_and_samples_in_one_table(run, data_dir, capsys):
@@ -851,7 +922,7 @@ def test_other_training_text_is_refused_on_resume(run, tmp_path):
     run("difformer", 2, *files)
     run("difformer", 3, *files)
     sides[0].write_text("drei vier\n" * 18)
-    with pytest.raises(RunError, match="not those that .* learned its tokens from"):
+    with pytest.raises(RunError, match="not those that .* learned from"):
         run("difformer", 4, *files)
 
 
