@@ -1044,7 +1044,8 @@ class Run:
         """All ranks' statistics since step `logged` as numbers and lists. Raises RunError, on all
         ranks alike, where one is not finite, or the weights after the last update."""
         norms = torch._foreach_norm([p.detach() for p in self._model.parameters()])
-        flat = torch.cat([v.flatten().double() for v in (*self._total.values(), torch.stack(norms).sum())])
+        values = [*self._total.values(), torch.stack(norms).sum()]
+        flat = torch.cat([v.flatten().double() for v in values])
         flat = self._ddp.sum(flat).tolist()
         if bad := next((x for x in flat if not math.isfinite(x)), None):
             what = "loss" if flat.index(bad) < len(flat) - 1 else "norm of the weights"
