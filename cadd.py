@@ -22,7 +22,6 @@ Time runs from t = 0 (clean) to t = 1 (noise).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import sys
@@ -59,6 +58,15 @@ class Config(common.MaskedConfig):
                     choices=("add", "concat", "reweight"))
     embed_norm: float = arg(0.0, "length of embeddings in units of sqrt(d); 0: learned freely "
                             "(the paper), 1: CDCD's and Plaid's", 0, 100)
+    hint_in: str = arg("raw", "what the network gets of a hint at masked positions: raw = z_t (the "
+                       "paper); the others with t: c_in = z_t as large as an embedding, mean = "
+                       "E[z_0 | z_t] of this position alone (costs V d per token)",
+                       choices=("raw", "c_in", "mean"))
+    hint_out: bool = arg(False, "add the log-likelihood of a position's own hint to its logits: "
+                         "Bayes' rule need not be learned")
+    detach_hints: bool = arg(False, "no gradient through z_0 into the embeddings")
+    paper: bool = arg(False, "the paper's letter, whatever the preset: --hint_in raw "
+                      "--no-hint_out --no-time_cond --embed_norm 0")
     weight: str = arg("elbo", "weight of the loss: elbo (Eq. 2), none = Eq. 20 as printed",
                       choices=("elbo", "none"))
     mse: str = arg("none", "extra embedding loss |z0hat - z0|^2 (Table 10)",
@@ -78,31 +86,38 @@ class Config(common.MaskedConfig):
                        group="sampling")
     watch: bool = free(False, "show the unmasking in the terminal", group="sampling")
     eval_draws: int = free(4, "draws of (t, x_t, z_t) per sequence", 1, 10**6, group="evaluation")
+    t_min: float = free(0.0, "time at which nll_joint's chain ends; 0: the best of T_MIN on "
+                        "training data", 0, 0.99, group="evaluation")
+
+    def __post_init__(self):
+        if self.paper:
+            self.hint_in, self.hint_out, self.time_cond, self.embed_norm = "raw", False, False, 0.0
 
 
+_HINTS = dict(hint_in="mean", hint_out=True)  # ours; --paper undoes it
+_SMALL = dict(length=256, dim=384, depth=6, heads=6, batch_size=64, steps=20_000, lr=1e-3,
+              warmup=500, embed_norm=0.0122, **_HINTS)
 _LM = dict(batch_size=512, micro_batch=512, length=128, steps=1_000_000)
 PRESETS: dict[str, dict] = {
-    # two CPU cores, under three minutes; short embeddings keep the hints hard (see README)
+    # two CPU cores, three minutes; short embeddings keep the hints hard
     "pydoc": dict(length=64, dim=96, depth=3, heads=3, dropout=0.0, batch_size=32, micro_batch=32,
                   steps=2000, lr=3e-3, warmup=100, lr_schedule="cosine", beta2=0.99, ema=0.99,
-                  embed_norm=0.1, temperature=0.7, sample_steps=64, log_every=20, save_every=200,
-                  eval_draws=8),
-    "pycode": dict(length=256, dim=384, depth=6, heads=6, batch_size=64, steps=20_000, lr=1e-3,
-                   warmup=500, save_every=1000),
+                  embed_norm=0.03, **_HINTS, temperature=0.7, sample_steps=64, log_every=20,
+                  save_every=200, eval_draws=8),
+    "pycode": dict(_SMALL, save_every=1000),
     # nanoGPT's character benchmark, its width and depth
-    "shakespeare": dict(length=256, dim=384, depth=6, heads=6, dropout=0.2, batch_size=64,
-                        steps=5000, lr=1e-3, warmup=100, lr_schedule="cosine", beta2=0.99,
-                        ema=0.999, save_every=500),
-    "text8": dict(length=256, micro_batch=256),  # Table 5; MD4's and SEDD's protocol: 1M x 512
-    # our public benchmark: ten minutes on one H200 (410M characters), hints of norm 2.8
+    "shakespeare": dict(_SMALL, dropout=0.2, steps=5000, warmup=100, lr_schedule="cosine",
+                        beta2=0.99, ema=0.999, save_every=500),
+    # Table 5; MD4's and SEDD's protocol: 1M x 512. Hints as of english27, which has its alphabet
+    "text8": dict(length=256, micro_batch=256, embed_norm=0.00866, hint_in="mean"),
+    # our public benchmark: ten minutes on one H200 (410M characters), embeddings of norm 0.24
     "english27": dict(length=256, batch_size=256, micro_batch=256, steps=6250, lr=6e-4,
                       lr_schedule="cosine", warmup=300, beta2=0.99, dropout=0.0, ema=0.999,
-                      embed_norm=0.1, log_every=100, sample_batch=256),
+                      embed_norm=0.00866, hint_in="mean", log_every=100, sample_batch=256),
     "lm1b": _LM,         # packed sentences: Table 6, MDLM 31.8
     "lm1b-padded": _LM,  # padded sentences: MDLM 27.0; the two never share a table
     "owt": dict(length=1024, sample_steps=1024, eval_draws=1, sample_batch=16),  # Fig. 3
-    "folder": dict(length=256, dim=384, depth=6, heads=6, batch_size=64, steps=20_000, lr=1e-3,
-                   warmup=500),
+    "folder": _SMALL,
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -218,15 +233,55 @@ class CADD(nn.Module):
 
         z_t is None without hints, and w(x_t) at visible positions, as Eq. 11 has it.
         """
+        told = self.cfg.time_cond or (self.cfg.hint != "none" and self.cfg.hint_in != "raw")
+        time = t if told else torch.zeros_like(t[:1])
         if self.cfg.hint == "none":
-            h = self.w(x_t)
-        else:
-            # w(x_t) is in z_t already: one look-up, and one gradient of it, instead of two.
-            h = torch.where(masked[..., None], self.embedding_matrix()[self.mask_id], z_t)
-            if self.cfg.hint_at == "masked":
-                z_t = z_t * masked[..., None]
-            h = self.fuse_hints(h, z_t, t)
-        return self.net(h, t if self.cfg.time_cond else torch.zeros_like(t[:1]))
+            return self.net(self.w(x_t), time)
+        # w(x_t) is in z_t already: one look-up, and one gradient of it, instead of two.
+        w_x = torch.where(masked[..., None], self.embedding_matrix()[self.mask_id], z_t)
+        z_in = torch.where(masked[..., None], self.hint_input(z_t, t),
+                           z_t if self.cfg.hint_at == "all" else 0.0)
+        h = self.net(self.fuse_hints(w_x, z_in, t), time)
+        return torch.cat([h, *self.evidence(z_t, t)], -1) if self.cfg.hint_out else h
+
+    def hint_input(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """What the network gets of hints z_t (B, L, d) at masked positions (ours, see --hint_in).
+
+        Pre-norm cannot see how noisy a raw hint is, whose noise drowns a short embedding. c_in
+        divides by the root mean square, as EDM does (Karras et al. 2022, Table 1). mean is what the
+        hint says by itself: sum_v w(v) p(v), p(v) from N(z_t; a w(v), sigma^2), no noise is left.
+        """
+        w = self.embedding_matrix()[:-1].float()
+        a, sigma = (c[:, None, None] for c in latent_schedule(t, self.cfg.hint))
+        if self.cfg.hint_in == "c_in":
+            square = w.detach().square().mean()
+            return z_t * (square / (a**2 * square + sigma**2)).sqrt()
+        if self.cfg.hint_in == "mean":
+            with torch.autocast(z_t.device.type, enabled=False):
+                log_p = (z_t.float() @ w.T - 0.5 * a * w.square().sum(-1)) * (a / sigma**2)
+                return log_p.softmax(-1) @ w
+        return z_t
+
+    def evidence(self, z_t: Tensor, t: Tensor) -> list[Tensor]:
+        """Features (B, L, d) and (B, L, 1) that `readout` turns into log N(z_t; a w(v), sigma^2) up
+        to a constant, = a/sigma^2 z_t.w(v) - a^2/(2 sigma^2) |w(v)|^2 (ours, see --hint_out).
+
+        Given x_0 a position's hint depends on nothing else, so by Bayes' rule p(x_0 | x_t, z_t) is
+        this times p(x_0 | everything else): the network learns only that. No gradient: at small t
+        that of w would be a multiple of the network's, and clipping would stop the latter.
+        """
+        a, sigma = (c[:, None, None] for c in latent_schedule(t, self.cfg.hint))
+        return [z_t.detach() * (a / sigma**2), (a**2 / sigma**2).expand(*z_t.shape[:2], 1)]
+
+    def readout(self) -> tuple[Tensor, Tensor]:
+        """Weight (V, d or 2 d + 1) and bias (V,) that make logits of features."""
+        weight = self.head.weight[:-1]
+        if self.cfg.hint_out and self.cfg.hint != "none":
+            w = self.embedding_matrix()[:-1].detach().float()
+            square = w.square().sum(-1, keepdim=True)
+            square = square - square.mean()  # 0 if all are of one length, without rounding in bf16
+            weight = torch.cat([weight, w, -0.5 * square], -1)
+        return weight, self.head.bias[:-1]
 
     def fuse_hints(self, w_x: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """The network's input (B, L, d) from w(x_t) and z_t (B, L, d) (Table 8)."""
@@ -243,15 +298,17 @@ class CADD(nn.Module):
         return alpha_t * w_x + (1 - alpha_t) * z_t
 
     def logits(self, h: Tensor) -> Tensor:
-        """Features (..., d) -> float32 logits (..., V) of the data symbols."""
-        return F.linear(h, self.head.weight[:-1], self.head.bias[:-1]).float()
+        """Features (..., d) -> logits (..., V) of the data symbols, float32 under any autocast."""
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h.float(), *self.readout())
 
     def z0_hat(self, logits: Tensor, kind: str) -> Tensor:
         """Eq. 21, estimate (..., d) of z_0 from logits (..., V): soft = sum_v p(v) w(v), or hard =
         w of the most probable token."""
         if kind == "hard":
             return self.w(logits.argmax(-1))
-        return logits.softmax(-1) @ self.embedding_matrix()[:-1].float()
+        with torch.autocast(logits.device.type, enabled=False):
+            return logits.softmax(-1) @ self.embedding_matrix()[:-1].float()
 
     def forward(self, x0: Tensor, t: Tensor, u: Tensor, eps: Tensor | None, not_pad: Tensor
                 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -260,7 +317,7 @@ class CADD(nn.Module):
         cfg, z0, z_t = self.cfg, None, None
         x_t, masked = add_noise(x0, t, u, self.mask_id, cfg.alpha)
         if cfg.hint != "none":
-            z0 = self.w(x0)
+            z0 = self.w(x0).detach() if cfg.detach_hints else self.w(x0)
             z_t = add_noise_to_hints(z0, masked, t, eps, cfg.hint)
         h = self.features(x_t, z_t, masked, t)
 
@@ -268,7 +325,7 @@ class CADD(nn.Module):
         elbo, scored = loss_weight(t, cfg.alpha), masked & not_pad
         weight = elbo if cfg.weight == "elbo" else torch.ones_like(t)
         loss, ce = common.masked_cross_entropy(
-            h, self.head, x0, scored, weight, self.hidden_share, cfg.compile and h.is_cuda)
+            h, *self.readout(), x0, scored, weight, self.hidden_share, cfg.compile and h.is_cuda)
         stats = common.by_tenth(t, ce=ce, masked=scored.sum(1), bound=ce * elbo)
         if cfg.mse != "none" and cfg.hint != "none":  # Table 10
             index, used = common.masked_positions(scored, self.hidden_share)
@@ -383,15 +440,20 @@ class Draw(NamedTuple):
         return out.index_add(0, row, value.double()) / self.tokens
 
 
-def nll_at(model: CADD, draw: Draw, z_t: Tensor | None, autocast) -> tuple[Tensor, Tensor]:
+def nll_at(model: CADD, draw: Draw, z_t: Tensor | None) -> tuple[Tensor, Tensor]:
     """-log p(x_0 | x_t, z_t) (M,) float64 at the scored positions, and the logits (M, V)."""
-    with autocast():
-        h = model.features(draw.x_t, z_t, draw.masked, draw.t)
-        logits = model.logits(h[draw.scored])
+    h = model.features(draw.x_t, z_t, draw.masked, draw.t)
+    logits = model.logits(h[draw.scored])
     return F.cross_entropy(logits.double(), draw.x0[draw.scored], reduction="none"), logits
 
 
-def prior_bound(model: CADD, draw: Draw, eps: list[Tensor], autocast) -> Tensor:
+def bound_weight(t: Tensor, alpha: str, t_min: float) -> Tensor:
+    """The weight of Eq. 2 for a chain that ends at t_min, where what is still hidden is revealed at
+    once: times below are clamped to t_min, their share is t_min, and they weigh 1 / t_min."""
+    return torch.where(t > t_min, loss_weight(t.double(), alpha), 1 / t_min)
+
+
+def prior_bound(model: CADD, draw: Draw, eps: list[Tensor], t_min: float) -> Tensor:
     """MDM bound (Eq. 2) with z_t ~ N(0, I) drawn afresh, eps K x (B, L, d): (B,).
 
     E_t E_x_t [ weight sum -log E_z p ]. The hints carry nothing about x_0, so this bounds
@@ -401,12 +463,12 @@ def prior_bound(model: CADD, draw: Draw, eps: list[Tensor], autocast) -> Tensor:
     """
     z0 = model.w(draw.x0).float()
     z = [torch.where(draw.masked[..., None], e, z0) for e in eps] or [None]
-    log_p = torch.stack([-nll_at(model, draw, z_t, autocast)[0] for z_t in z])
+    log_p = torch.stack([-nll_at(model, draw, z_t)[0] for z_t in z])
     nll = -(log_p.logsumexp(0) - math.log(len(z)))
-    return draw.per_token(nll) * loss_weight(draw.t.double(), model.cfg.alpha)
+    return draw.per_token(nll) * bound_weight(draw.t, model.cfg.alpha, t_min)
 
 
-def joint_bound(model: CADD, draw: Draw, eps: Tensor, t_min: float, autocast
+def joint_bound(model: CADD, draw: Draw, eps: Tensor, t_min: float
                 ) -> tuple[Tensor, Tensor]:
     """The ELBO of Eq. 24 in continuous time, eps (B, L, d), and its discrete part: (B,) each.
 
@@ -416,30 +478,35 @@ def joint_bound(model: CADD, draw: Draw, eps: Tensor, t_min: float, autocast
     """
     z0, hint = model.w(draw.x0).float(), model.cfg.hint
     z_t = add_noise_to_hints(z0, draw.masked, draw.t, eps, hint)
-    nll, logits = nll_at(model, draw, z_t, autocast)
-    discrete = draw.per_token(nll) * loss_weight(draw.t.double(), model.cfg.alpha)
+    nll, logits = nll_at(model, draw, z_t)
+    discrete = draw.per_token(nll) * bound_weight(draw.t, model.cfg.alpha, t_min)
     gap = (z0[draw.scored] - model.z0_hat(logits, "soft")).double().square().sum(-1)
     rate = latent_kl_rate(draw.t.double(), hint) * (draw.t > t_min)
     return discrete + draw.per_token(gap) * rate, discrete
 
 
+T_MIN = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2)  # ends of the chain that evaluation tries
+
+
 @torch.no_grad()
 def likelihoods(
     model: CADD, batches: Iterator[Tensor], draws: int, seed: int, pad_id: int | None = None,
-    K: int = 1, t_min: float | None = None, autocast=contextlib.nullcontext,
+    K: int = 1, t_min: float | None = None,
 ) -> dict[str, Tensor]:
     """nll_prior, nll_joint and nll_discrete (without hints the three are one, nll_prior), in nats
     per token, one estimate per sequence and draw: (sequences x draws,) float64; and `tokens` that
-    are no padding, which is given and not scored. Batches (B, L).
+    are no padding, which is given and not scored. Batches (B, L). No nll_prior with hint_out.
 
     The chain ends at t_min, 1e-5 or with hints 1e-3, where what is still hidden is revealed at
-    once. That is what clamped times estimate: weight 1/t_min times their share t_min; no hint
-    moves any more there. Below, the hints' rate t^-3 would charge for the least doubt of the
-    softmax without limit. Times are low-discrepancy across the batch and across a sequence's
-    draws, so the naive standard error is on the safe side.
+    once and no hint moves any more. Below, the hints' rate t^-3 would charge for the least doubt of
+    the softmax without limit. Any t_min gives a bound. Times are low-discrepancy across the batch
+    and across a sequence's draws, so the naive standard error is on the safe side.
     """
     hint = model.cfg.hint
     t_min = t_min or (1e-5 if hint == "none" else 1e-3)
+    # With hint_out a hint that is noise is believed: nobody samples so.
+    names = ["tokens"] + ["nll_prior"] * (hint == "none" or not model.cfg.hint_out) + [
+        "nll_joint", "nll_discrete"]
     found: list[list[Tensor]] = []
     for number, x0 in enumerate(batches):
         B, noise = len(x0), dict(device=x0.device, generator=torch.Generator(
@@ -453,11 +520,12 @@ def likelihoods(
             draw = Draw(x0, t, x_t, masked, masked & not_pad, not_pad.sum(1))
             shape = (*x0.shape, model.cfg.dim)
             eps = [torch.randn(shape, **noise) for _ in range(K if hint != "none" else 0)]
-            found.append([draw.tokens, prior_bound(model, draw, eps, autocast)])
+            found.append([draw.tokens])
+            if "nll_prior" in names:
+                found[-1].append(prior_bound(model, draw, eps, t_min))
             if hint != "none":
                 eps = torch.randn(shape, **noise)
-                found[-1] += joint_bound(model, draw, eps, t_min, autocast)
-    names = ("tokens", "nll_prior", "nll_joint", "nll_discrete")
+                found[-1] += joint_bound(model, draw, eps, t_min)
     return {name: torch.cat(values) for name, values in zip(names, zip(*found))}
 
 
@@ -585,14 +653,27 @@ def name_of(cfg: Config) -> str:
 def evaluate(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict[str, dict]:
     """Figures of `likelihoods` over cfg.split, in bits per character (byte) or nats per token."""
     batch = max(1, min(cfg.micro_batch, 16384 // data.length))
-    batches = common.eval_batches(data, cfg.split, batch, cfg.eval_sequences, ddp)
-    values = likelihoods(model, (x0 for x0, _ in batches), cfg.eval_draws,
-                         common.fold_in(cfg.seed, ddp.rank), data.pad_id, cfg.K,
-                         autocast=ddp.autocast)
-    figures = common.estimates(values, data, ddp, values.pop("tokens"), given="padding",
+
+    def values(split: str, limit: int, t_min: float | None) -> dict[str, Tensor]:
+        batches = common.eval_batches(data, split, batch, limit, ddp, show=split == cfg.split)
+        with common.exact(ddp.device), ddp.autocast():
+            return likelihoods(model, (x0 for x0, _ in batches), cfg.eval_draws,
+                               common.fold_in(cfg.seed, ddp.rank), data.pad_id, cfg.K, t_min)
+
+    def on_training_data(t_min: float) -> float:
+        v = values("train", 128, t_min)
+        return ddp.sum((v["nll_joint"] * v["tokens"]).sum()).item()
+
+    t_min = cfg.t_min or None
+    if cfg.hint != "none" and not t_min:
+        t_min = min(T_MIN, key=on_training_data)
+    found = values(cfg.split, cfg.eval_sequences, t_min)
+    figures = common.estimates(found, data, ddp, found.pop("tokens"), given="padding",
                                split=cfg.split)
     for name, figure in figures.items():
         figure["is_bound"] = name != "nll_discrete"
+        if cfg.hint != "none":
+            figure["t_min"] = t_min
     return figures
 
 
@@ -615,14 +696,14 @@ def draw(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP, trained: bo
 
     def sampler(begin: int, end: int) -> Iterator[Tensor]:
         cfg.watch and watch(x, data)
-        with ddp.autocast():
-            for x_t in sample(model, x.expand(end - begin, -1), cfg.sample_steps,
-                              temperature=cfg.temperature, top_p=cfg.top_p, z0_hat=cfg.z0_hat,
-                              z_update=cfg.z_update, K=cfg.K, generator=generator):
-                cfg.watch and watch(x_t[0], data)
-                yield x_t
+        for x_t in sample(model, x.expand(end - begin, -1), cfg.sample_steps,
+                          temperature=cfg.temperature, top_p=cfg.top_p, z0_hat=cfg.z0_hat,
+                          z_update=cfg.z_update, K=cfg.K, generator=generator):
+            cfg.watch and watch(x_t[0], data)
+            yield x_t
 
-    ids = common.draw_in_batches(cfg.samples, cfg.sample_batch, cfg.sample_steps, sampler)
+    with common.exact(ddp.device), ddp.autocast():
+        ids = common.draw_in_batches(cfg.samples, cfg.sample_batch, cfg.sample_steps, sampler)
     common.show_texts(ids, data, cfg.out)
     return {}
 
@@ -657,7 +738,8 @@ def probe(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP, times: np.
             x_t, masked = add_noise(x0, t, u, model.mask_id, cfg.alpha)
             z_t = add_noise_to_hints(z0, masked, t, eps, cfg.hint)
             point = Draw(x0, t, x_t, masked, masked & not_pad, not_pad.sum(1))
-            nll[k] += nll_at(model, point, z_t, ddp.autocast)[0].sum().item()
+            with common.exact(ddp.device), ddp.autocast():
+                nll[k] += nll_at(model, point, z_t)[0].sum().item()
             count[k] += point.scored.sum().item()
     signal, sigma = latent_schedule(torch.from_numpy(times), cfg.hint)
     tokens = np.concatenate([b.ids for b in data.eval_batches(cfg.split, 1000, 10_000)])

@@ -489,20 +489,20 @@ def masked_positions(masked: Tensor, moments: tuple[float, float]) -> tuple[Tens
 
 
 def masked_cross_entropy(
-    h: Tensor, head: nn.Linear, x0: Tensor, masked: Tensor, weight: Tensor,
+    h: Tensor, readout: Tensor, bias: Tensor, x0: Tensor, masked: Tensor, weight: Tensor,
     moments: tuple[float, float], compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats of x0 (B, L) where `masked` (B, L), from features h (B, L, d).
 
     Returns the sum of weight (B,) times -log p, and the sums (B,) of -log p of each sequence. The
-    vocabulary head is a third of the FLOPs: it runs at masked positions only, in chunks. Its last
-    row, for [MASK], is never the answer and left out. Were there more masked positions than room
+    vocabulary head, readout (V, d) and bias (V,), is a third of the FLOPs: it runs at masked
+    positions only, in chunks. Were there more masked positions than room
     (see masked_positions), the loss is NaN, which stops the run, rather than too low.
     """
     index, used = masked_positions(masked, moments)
     L = x0.shape[1]
     loss, nll = linear_cross_entropy(
-        h.flatten(0, 1).index_select(0, index), head.weight[:-1], head.bias[:-1],
+        h.flatten(0, 1).index_select(0, index), readout, bias,
         x0.flatten()[index], used * weight.repeat_interleave(L)[index], compiled)
     fits = torch.where(masked.sum() == used.sum(), 1.0, torch.nan)  # in the statistics too
     return loss * fits, torch.zeros_like(weight).index_add(0, index // L, nll * used) * fits

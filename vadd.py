@@ -256,7 +256,9 @@ class MLPDenoiser(nn.Module):
     def forward(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
         h = self.embed(x_t) + self.time(t)
         h = h + self.latent(z) if z is not None else h
-        return self.readout(h).unflatten(-1, self.shape)
+        h = self.readout[:-1](h)
+        with torch.autocast(h.device.type, enabled=False):
+            return self.readout[-1](h.float()).unflatten(-1, self.shape)
 
 
 class MLPRecognition(nn.Module):
@@ -343,10 +345,12 @@ class VADD(nn.Module):
         return self.denoiser(x_t, z, self.time(t))
 
     def logits(self, h: Tensor) -> Tensor:
-        """`denoise`'s output, at any positions, -> float32 logits (..., V): mu(x_t, z, t)."""
-        if self.cfg.net == "dit":
-            h = F.linear(h, self.head.weight[:-1], self.head.bias[:-1])
-        return h.float()
+        """`denoise`'s output, at any positions, -> logits (..., V), float32 under any autocast:
+        mu(x_t, z, t)."""
+        if self.cfg.net == "mlp":
+            return h
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h.float(), self.head.weight[:-1], self.head.bias[:-1])
 
     def recognise(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """r(z | x_0, x_t), Eq. 10: mean and log standard deviation, (B, latent) each."""
@@ -366,8 +370,9 @@ class VADD(nn.Module):
         """-log p(x_0 | x_t, z) at the positions `scored` (B, L) from h = denoise(x_t, z, t), in
         nats: the sum of weight (B,) times it, and its sums (B,)."""
         if self.cfg.net == "dit":
-            return common.masked_cross_entropy(h, self.head, x0, scored, weight, self.hidden_share,
-                                               self.cfg.compile and h.is_cuda)
+            return common.masked_cross_entropy(
+                h, self.head.weight[:-1], self.head.bias[:-1], x0, scored, weight,
+                self.hidden_share, self.cfg.compile and h.is_cuda)
         nll = F.cross_entropy(self.logits(h).flatten(0, 1), x0.flatten(), reduction="none")
         nll = (nll.view(x0.shape) * scored).sum(1)
         return (weight * nll).sum(), nll
@@ -704,7 +709,7 @@ def evaluate(model: VADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict
     batch = max(1, min(cfg.micro_batch, 16384 // data.length))
     batches = common.eval_batches(data, cfg.split, batch, cfg.eval_sequences, ddp)
     seed = common.fold_in(cfg.seed, ddp.rank)
-    with ddp.autocast():  # which leaves float64 alone
+    with common.exact(ddp.device), ddp.autocast():  # which leaves float64 alone
         values = likelihoods(model, (x0 for x0, _ in batches), cfg.eval_draws, seed, data.pad_id,
                              cfg.K, bound_steps(cfg))
     figures = common.estimates(values, data, ddp, values.pop("tokens"), given="padding", K=cfg.K,
@@ -718,7 +723,7 @@ def draw_ids(model: VADD, cfg: Config, L: int, steps: int, ddp: common.DDP) -> T
     """cfg.samples sequences of `steps` steps: ids (samples, L) on the CPU."""
     generator = torch.Generator(ddp.device).manual_seed(common.fold_in(cfg.seed, 99))
     x = torch.full((cfg.samples, L), model.mask_id, device=ddp.device)
-    with ddp.autocast():
+    with common.exact(ddp.device), ddp.autocast():
         return common.draw_in_batches(
             cfg.samples, cfg.sample_batch, steps,
             lambda begin, end: sample(model, x[begin:end], steps, temperature=cfg.temperature,

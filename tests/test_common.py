@@ -198,10 +198,14 @@ def masked_batch(B, L, d=6, V=4):
     return h, head, torch.randint(V, (B, L)), torch.rand(B) + 0.5
 
 
+def readout(head):
+    return head.weight[:-1], head.bias[:-1]
+
+
 def test_masked_cross_entropy_is_the_plain_one_at_masked_positions():
     h, head, x0, weight = masked_batch(8, 32)
     masked = torch.rand(8, 32) < torch.linspace(0.05, 0.95, 8)[:, None]
-    loss, nll = common.masked_cross_entropy(h, head, x0, masked, weight, (1 / 2, 1 / 6))
+    loss, nll = common.masked_cross_entropy(h, *readout(head), x0, masked, weight, (1 / 2, 1 / 6))
     plain = F.cross_entropy(head(h)[..., :-1].transpose(1, 2), x0, reduction="none") * masked
     assert torch.allclose(nll, plain.sum(1), rtol=1e-5)
     assert loss.item() == pytest.approx((plain.sum(1) * weight).sum().item(), rel=1e-5)
@@ -215,10 +219,11 @@ def test_masked_cross_entropy_is_nan_rather_than_too_low():
     stops, and in the gradient, so that nobody learns from a part of the batch."""
     h, head, x0, weight = masked_batch(8, 512)
     everything = torch.ones_like(x0, dtype=torch.bool)
-    loss, nll = common.masked_cross_entropy(h, head, x0, everything, weight, (1 / 2, 1 / 6))
+    loss, nll = common.masked_cross_entropy(
+        h, *readout(head), x0, everything, weight, (1 / 2, 1 / 6))
     loss.backward()
     assert loss.isnan() and nll.isnan().all() and head.weight.grad[:-1].isnan().all()
-    loss, nll = common.masked_cross_entropy(h, head, x0, everything, weight, (1.0, 0.0))
+    loss, nll = common.masked_cross_entropy(h, *readout(head), x0, everything, weight, (1.0, 0.0))
     assert loss.isfinite() and nll.isfinite().all()
 
 
