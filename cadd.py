@@ -567,7 +567,9 @@ def load_batch(cfg: Config, data: Sequences, step: int, index: Tensor, ddp: comm
 
 
 def build(cfg: Config, data: Sequences) -> CADD:
-    """The network, untrained. Raises RunError if its width does not suit rotary attention."""
+    """The network, untrained. Raises RunError if its width does not suit rotary attention, or if
+    --prompt has no gap or too many tokens."""
+    cfg.prompt and encode_prompt(cfg.prompt, data)  # a mistake there should not cost a training run
     return CADD(cfg, data.vocab_size)
 
 
@@ -604,7 +606,13 @@ def train(cfg: Config, ddp: common.DDP, data: Sequences) -> common.Run:
     run = common.Run("cadd", cfg, ddp, data, model, optimizer, ema, flops)
     net = ddp.wrap(model, cfg.compile)
     parts = common.micro_batches(cfg.batch_size, cfg.micro_batch, ddp)
-    for step in run.steps(lambda total: summarise(total, model, batches[0])):
+
+    def valid(held_out: Sequences, step: int) -> Tensor:
+        batches = [load_batch(cfg, held_out, step, index, ddp) for index in parts]
+        tokens = ddp.sum(sum(batch.not_pad.sum() for batch in batches))
+        return sum(model(*batch)[0] for batch in batches) / tokens
+
+    for step in run.steps(lambda total: summarise(total, model, batches[0]), valid):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
         batches = [load_batch(cfg, data, step, index, ddp) for index in parts]
@@ -626,13 +634,13 @@ def train(cfg: Config, ddp: common.DDP, data: Sequences) -> common.Run:
 
 def summarise(total: dict, model: CADD, batch: Batch) -> tuple[dict, dict]:
     """What log.jsonl gets and what the bar shows, from the sums since the last line."""
-    bound = sum(total["bound"]) / total["tokens"]
+    bound, masked = sum(total["bound"]) / total["tokens"], sum(total["masked"])
     record = dict(
         bound_nats=bound, bound_bits=bound / math.log(2),
-        ce_masked_nats=sum(total["ce"]) / sum(total["masked"]),
+        ce_masked_nats=sum(total["ce"]) / masked if masked else None,
         ce_by_t=[round(c / m, 4) if m else None for c, m in zip(total["ce"], total["masked"])])
-    if "mse" in total:
-        record["mse"] = total["mse"] / sum(total["masked"])
+    if "mse" in total and masked:
+        record["mse"] = total["mse"] / masked
     if model.cfg.hint != "none":
         record["hint_accuracy_by_t"] = model.hint_accuracy(*batch[:4])
         norms = model.embedding_matrix()[:-1].float().norm(dim=-1)
@@ -661,14 +669,15 @@ def evaluate(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict
                                common.fold_in(cfg.seed, ddp.rank), data.pad_id, cfg.K, t_min)
 
     def on_training_data(t_min: float) -> float:
-        v = values("train", 128, t_min)
-        return ddp.sum((v["nll_joint"] * v["tokens"]).sum()).item()
+        v = values("train", 128, t_min)  # {} on a rank without sequences
+        total = (v["nll_joint"] * v["tokens"]).sum() if v else torch.zeros(())
+        return ddp.sum(total.double().to(ddp.device)).item()
 
     t_min = cfg.t_min or None
     if cfg.hint != "none" and not t_min:
         t_min = min(T_MIN, key=on_training_data)
     found = values(cfg.split, cfg.eval_sequences, t_min)
-    figures = common.estimates(found, data, ddp, found.pop("tokens"), given="padding",
+    figures = common.estimates(found, data, ddp, found.pop("tokens", None), given="padding",
                                split=cfg.split)
     for name, figure in figures.items():
         figure["is_bound"] = name != "nll_discrete"
@@ -684,6 +693,8 @@ def encode_prompt(prompt: str, data: Sequences) -> Tensor:
         ids += ([data.mask_id] if i else []) + (data.encode(part).tolist() if part else [])
     if data.mask_id not in ids:
         raise RunError('--prompt has no gap: write a _ for each token to be found')
+    if len(ids) > data.length:
+        raise RunError(f"--prompt has {len(ids)} tokens: {data.length} are the most here")
     return torch.tensor(ids)
 
 

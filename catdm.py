@@ -548,7 +548,7 @@ def likelihoods(
     p(x | y), given the padding; and how many tokens are none: (sequences x draws, 4). Times are
     low-discrepancy across the batch and across a sequence's draws, so the naive standard error is
     on the safe side."""
-    rows = []
+    rows = [torch.zeros(0, 4, dtype=torch.float64, device=model.embed.weight.device)]
     for number, (x, y) in enumerate(batches):
         B, noise = len(x), dict(device=x.device, generator=torch.Generator(
             x.device).manual_seed(common.fold_in(seed, 77, number)))
@@ -667,6 +667,8 @@ class Batch(NamedTuple):
 def load(cfg: Config, tokenizer: dict | None = None) -> Data:
     """The data set; with a checkpoint's tokenizer only that, unless its sentences are asked for."""
     synthetic = cfg.mode == "bench"
+    if cfg.tokens and cfg.dataset not in ("ffhq", "lsun", "imagenet"):
+        raise RunError(f"--tokens is for ffhq, lsun and imagenet: say --dataset {cfg.tokens} alone")
     if cfg.task == "pairs" and not (tokenizer and cfg.source):
         return load_pairs(cfg.dataset, cfg.data_dir, cfg.length, cfg.vocab, cfg.max_number,
                           lower=cfg.lower, synthetic=synthetic)
@@ -706,7 +708,11 @@ def load_batches(cfg: Config, data: Data, step: int, ddp: common.DDP) -> list[Ba
 
 
 def build(cfg: Config, data: Data) -> Denoiser:
-    """The student: what is averaged, sampled and scored."""
+    """The student: what is averaged, sampled and scored. Raises RunError if --label is no class."""
+    classes = () if cfg.task == "pairs" else data.classes
+    if cfg.label and cfg.label not in classes:
+        raise RunError(f"--label {cfg.label}: " + (
+            f"choose one of {', '.join(classes)}" if classes else "this model has no classes"))
     if cfg.task == "pairs":
         return Translator(cfg, data.vocab_size, data.length)
     return Denoiser(cfg, data.vocab_size, data.length, len(data.classes))
@@ -737,7 +743,14 @@ def train(cfg: Config, ddp: common.DDP, data: Data) -> common.Run:
         net = compiled_for_all_lengths(model, cfg, ddp)
     net = ddp.wrap(net, cfg.compile and not own_compile)
     run = common.Run("catdm", cfg, ddp, data, model, optimizer, ema, flops_per_token(student))
-    for step in run.steps(lambda total: summarise(total, student)):
+
+    def valid(held_out: Data, step: int) -> Tensor:
+        batches = load_batches(cfg, held_out, step, ddp)
+        weights = 1 / ddp.sum(sum(batch.counts() for batch in batches))
+        weights[2] *= cfg.length_weight
+        return (sum(model(*batch)[0] for batch in batches) * weights).sum()
+
+    for step in run.steps(lambda total: summarise(total, student), valid):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
         batches = load_batches(cfg, data, step, ddp)
@@ -826,13 +839,9 @@ def evaluate(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP) -> dict[
 
 def draw_samples(model: Denoiser, cfg: Config, data: Sequences, ddp: common.DDP, guidance: float
                  ) -> tuple[Tensor, Tensor | None]:
-    """cfg.samples sequences (n, L) on the CPU and their labels (n,), one class after the other.
-    Raises RunError if there is no class --label."""
+    """cfg.samples sequences (n, L) on the CPU and their labels (n,), one class after the other."""
     y = torch.arange(cfg.samples) % model.classes if model.classes else None
     if cfg.label:
-        if cfg.label not in data.classes:
-            raise RunError(f"--label {cfg.label}: " + ("this model has no classes" if y is None else
-                           f"choose one of {', '.join(data.classes)}"))
         y.fill_(data.classes.index(cfg.label))
     generator = torch.Generator(ddp.device).manual_seed(common.fold_in(cfg.seed, 99))
 

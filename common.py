@@ -632,7 +632,11 @@ class RunConfig:
     minutes: float = free(0.0, "stop training after so many minutes, over all resumes; 0: never",
                           0, 1e6, **_RUN)
     log_every: int = free(50, "steps between lines of log.jsonl", 1, 10**9, **_RUN)
-    save_every: int = free(2000, "steps between checkpoints", 1, 10**9, **_RUN)
+    save_every: int = free(2000, "steps between checkpoints, and values of valid_loss", 1, 10**9,
+                           **_RUN)
+    keep: str = free("last", "best: also best.pt, the checkpoint of the lowest valid_loss, which "
+                     "--mode sample, --mode eval and eval.py then read; result.json is of the last",
+                     choices=("last", "best"), **_RUN)
     bench_steps: int = free(20, "timed steps of --mode bench", 1, 10**6, **_RUN)
 
 
@@ -660,7 +664,7 @@ class MaskedConfig(SequenceConfig):
     eval_draws: int = free(1, "draws of the noise per sequence", 1, 10**6, **_EVAL)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help explains every flag)\n")
 
@@ -696,13 +700,14 @@ def parse_config(script: ModuleType, argv: list[str] | None = None) -> Any:
     """
     cls, presets, method = script.Config, script.PRESETS, script_name(script)
     fields = dataclasses.fields(cls)
-    first = _Parser(prog=f"{method}.py", add_help=False, allow_abbrev=False)
+    program = Path(sys.argv[0]).name  # eval.py reads a run's flags too
+    first = Parser(prog=program, add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default=cls.dataset)
     dataset = first.parse_known_args(argv)[0].dataset
     key = dataset if dataset in presets else "folder"
     values = {f.name: f.default for f in fields} | presets.get(key, {})
-    parser = _Parser(
-        prog=f"{method}.py", usage="%(prog)s [--FLAG VALUE ...]", description=script.__doc__,
+    parser = Parser(
+        prog=program, usage="%(prog)s [--FLAG VALUE ...]", description=script.__doc__,
         epilog=f"Defaults are those of --dataset {dataset}.", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
@@ -779,8 +784,8 @@ class DDP:
 
     @classmethod
     def start(cls, cfg: RunConfig) -> DDP:
-        """Device, precision and, under torchrun, the process group (nccl on GPUs, gloo on CPUs).
-        Also seeds PyTorch: the same initial weights on every rank."""
+        """Device, precision and, under torchrun, the process group (nccl for tensors on GPUs, gloo
+        for those on CPUs). Also seeds PyTorch: the same initial weights on every rank."""
         cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
         if cuda and not torch.cuda.is_available():
             raise RunError("--device cuda: PyTorch sees no GPU here; use --device cpu")
@@ -791,7 +796,7 @@ class DDP:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         torch.manual_seed(cfg.seed)
         return cls(rank, world, device, cfg.amp == "bf16" or (cfg.amp == "auto" and cuda))
 
@@ -828,15 +833,15 @@ class DDP:
         return tensor.to(self.device, non_blocking=True)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum of x over ranks, on the device, without waiting for it."""
+        """Sum of x over ranks, on x's device, without waiting for a GPU."""
         if self.world > 1:
             x = x.clone()
             dist.all_reduce(x)
         return x
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if it is on one (waits for all ranks)."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
+        """True on every rank if it is on one: waits for all ranks, but for no GPU."""
+        return bool(self.sum(torch.tensor(float(flag))).item() > 0)
 
     def sync(self) -> None:
         """Wait for the device, to read the clock."""
@@ -914,7 +919,7 @@ class Run:
         self._model, self._optimizer, self._flops = model, optimizer, flops_per_token
         self._total: dict[str, Tensor] = {}
         self._seconds = 0.0
-        self._checkpoint = Path(cfg.out) / "checkpoint.pt"
+        self._checkpoint, self._best = (Path(cfg.out) / f for f in ("checkpoint.pt", "best.pt"))
         self._parameters = sum(p.numel() for p in ema.model.parameters())
         if cfg.mode == "bench":
             return
@@ -950,9 +955,12 @@ class Run:
             value = torch.as_tensor(value, device=self._ddp.device).detach()
             self._total[name] = self._total[name] + value if name in self._total else value
 
-    def steps(self, summarise: Callable[[dict], tuple[dict, dict]]) -> Iterator[int]:
+    def steps(self, summarise: Callable[[dict], tuple[dict, dict]],
+              valid: Callable[[Any, int], Tensor] | None = None) -> Iterator[int]:
         """Yields the numbers of the steps to do. `summarise` makes of the sums of all ranks'
-        statistics, a number or a list each, what log.jsonl gets and what the bar shows.
+        statistics, a number or a list each, what log.jsonl gets and what the bar shows. `valid`
+        (data, step) is this rank's share of the loss of a step's batch, computed as in training:
+        of the valid split it is logged at each save.
 
         Raises RunError where a statistic or the weights are not finite, KeyboardInterrupt after
         Ctrl-C or SIGTERM, once the step is saved.
@@ -962,7 +970,11 @@ class Run:
             yield from self._timed_steps()
         if cfg.mode == "bench" or self.complete:
             return
-        stop, bar, finished, logged = StopRequest(), self._open_log(), self._over, self.step
+        stop, bar, logged = StopRequest(), self._open_log(), self.step
+        stopped, finished = False, self._over
+        held_out, best, shown_valid = valid and self._data.held_out(), math.inf, {}
+        if self._resumed and self._best.exists():
+            best = read_checkpoint(self._best, self._script, mmap=True)["valid_loss"]
         clock, mark = time.time(), None
         try:
             while self.step < cfg.steps and not finished:
@@ -976,10 +988,9 @@ class Run:
                 bar.update(self.step - bar.n)
                 at_log = self.step % cfg.log_every == 0 or self.step == cfg.steps
                 out_of_time = cfg.minutes and self._seconds + now - clock >= 60 * cfg.minutes
-                # Several ranks must agree before they leave the loop: they ask at the log.
-                finished = stop.asked or bool(out_of_time)
-                if ddp.world > 1:
-                    finished = ddp.any(finished) if at_log else False
+                # Ranks leave the loop together, whichever of them a signal has reached.
+                stopped = ddp.any(stop.asked > 0)
+                finished = stopped or ddp.any(bool(out_of_time))
                 saves = self.step % cfg.save_every == 0 or self.step == cfg.steps or finished
                 if at_log or saves:
                     total = self._sums(logged)  # the only wait for the device
@@ -993,16 +1004,21 @@ class Run:
                         step=self.step, **record, lr=self._optimizer.param_groups[0]["lr"],
                         tokens_per_s=round(rate), mfu=use and round(use, 4),
                         seconds=round(self._seconds + now - clock, 2)))
-                    bar.set_postfix(shown | {"tok/s": f"{rate:,.0f}"}
+                    bar.set_postfix(shown | shown_valid | {"tok/s": f"{rate:,.0f}"}
                                     | ({"mfu": f"{use:.0%}"} if use else {}), refresh=False)
                     self._total, logged, mark = {}, self.step, (self.step, time.time())
                 if saves:
                     self._seconds, clock = self._seconds + time.time() - clock, time.time()
-                    self._save()
+                    self._save(self._checkpoint)
+                    if valid:
+                        best, loss = self._validate(valid, held_out, best)
+                        shown_valid = {"valid": f"{loss:.3f}"}
+            if stopped:
+                ddp.any(True)  # no rank leaves before rank 0 has saved
         finally:
             bar.close()
             stop.restore()
-        if stop.asked:
+        if stopped:
             ddp.print(f"stopped at step {self.step}, saved: the same command resumes")
             raise KeyboardInterrupt
 
@@ -1030,15 +1046,31 @@ class Run:
         self.step, self._seconds = state["step"], state["seconds"]
         restore_rng(state["rng"], self._ddp, self.step)
 
-    def _save(self) -> None:
+    def _save(self, path: Path, **more: Any) -> None:
         rng = rng_states(self._ddp)  # every rank takes part
         if self._ddp.is_main:
-            write_checkpoint(self._checkpoint, dict(
+            write_checkpoint(path, dict(
                 method=self._script, config=dataclasses.asdict(self._cfg),
                 model=self._model.state_dict(), ema=self.ema.state_dict(),
                 optimizer=self._optimizer.state_dict(), step=self.step, seconds=self._seconds,
-                rng=rng, tokenizer=self._data.tokenizer(),
-                data=self._data.fingerprint()))
+                rng=rng, tokenizer=self._data.tokenizer(), data=self._data.fingerprint(), **more))
+
+    def _validate(self, loss: Callable[[Any, int], Tensor], held_out: Any, best: float
+                  ) -> tuple[float, float]:
+        """Log the mean loss of up to eight batches of valid, always the same with the same noise,
+        by the averaged weights, without dropout; returns the least so far, and this one. With
+        --keep best the least is saved. Takes some 1% of the training's time."""
+        ddp, steps = self._ddp, min(8, 1 + self._cfg.save_every // 25)
+        with torch.random.fork_rng([ddp.device] if ddp.on_cuda else []), torch.no_grad():
+            with self.ema.swapped_in(), ddp.autocast():
+                self._model.eval()
+                share = sum(loss(held_out, step) for step in range(steps)) / steps
+                self._model.train()
+        value = ddp.sum(share.double()).item()
+        self._write(dict(step=self.step, valid_loss=value if math.isfinite(value) else None))
+        if value < best and self._cfg.keep == "best":
+            self._save(self._best, valid_loss=value)
+        return min(best, value), value
 
     def _sums(self, logged: int) -> dict[str, Any]:
         """All ranks' statistics since step `logged` as numbers and lists. Raises RunError, on all
@@ -1069,7 +1101,7 @@ class Run:
             out.mkdir(parents=True, exist_ok=True)
             self._log = out / "log.jsonl"
             if not self._resumed:
-                for name in ("result.json", "checkpoint.pt", "log.jsonl"):
+                for name in ("result.json", "checkpoint.pt", "best.pt", "log.jsonl"):
                     (out / name).unlink(missing_ok=True)
             elif self._log.exists():
                 lines = self._log.read_text(errors="replace").splitlines()
@@ -1120,16 +1152,17 @@ class Run:
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM ask the loop to save and end; a second one ends at once."""
+    """Ctrl-C and SIGTERM ask the loop to save and end; a second one ends at once, but not within
+    three seconds: torchrun forwards to its processes what reached them already."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0.0  # when
         self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number, frame) -> None:
-        if self.asked:
+        if self.asked and time.monotonic() - self.asked > 3:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = self.asked or time.monotonic()
 
     def restore(self) -> None:
         for number, handler in self.previous.items():
@@ -1309,9 +1342,12 @@ def estimates(values: dict[str, Tensor], data: Any, ddp: DDP, tokens: Tensor | N
     """
     scale, unit = {"token": (1.0, "nats/token"), "bin": (data.length, "nats/point")}.get(
         data.unit, (1 / math.log(2), f"bits/{data.unit}"))
-    figures = {}
-    for name, v in values.items():
-        v, w = v * scale, torch.ones_like(v) if tokens is None else tokens.to(v)
+    figures, names = {}, [list(values)]
+    if ddp.world > 1:  # rank 0 has a sequence if any has one
+        dist.broadcast_object_list(names)
+    for name in names[0]:
+        v = values.get(name, torch.zeros(0, dtype=torch.float64, device=ddp.device)) * scale
+        w = torch.ones_like(v) if tokens is None else tokens.to(v)
         n, weight, total = ddp.sum(torch.stack([torch.ones_like(v), w, w * v]).sum(1)).tolist()
         value = total / weight
         square = ddp.sum((w * (v - value)).square().sum()).item()
@@ -1399,7 +1435,7 @@ def open_run(script: ModuleType, out: str, flags: list[str]
 
 
 def _load_trained(script: ModuleType, cfg: RunConfig, ddp: DDP) -> tuple[nn.Module, Any, int]:
-    path = Path(cfg.out) / "checkpoint.pt"
+    path = Path(cfg.out) / ("best.pt" if cfg.keep == "best" else "checkpoint.pt")
     state = read_checkpoint(path, script_name(script), ddp.device)
     data = script.load(cfg, state["tokenizer"] if cfg.mode == "sample" else None)
     check_same_data(state, data, cfg)
@@ -1437,6 +1473,8 @@ def main(script: ModuleType, argv: list[str] | None = None) -> None:
                 cfg = dataclasses.replace(cfg, **{whole: at_once * ddp.world})
     if cfg.mode in ("train", "bench"):
         data = script.load(cfg)
+        for split in ("valid", cfg.split) if cfg.mode == "train" else ():
+            next(data.eval_batches(split, 1, 1))  # an error now rather than after training
         with sole_training(cfg, ddp):
             run = script.train(cfg, ddp, data)
             if cfg.mode == "train" and not run.complete:
@@ -1446,11 +1484,12 @@ def main(script: ModuleType, argv: list[str] | None = None) -> None:
         if ddp.is_main:
             script.draw(model, cfg, data, ddp)
     elif cfg.mode == "eval":
+        file = Path(cfg.save or Path(cfg.out) / "eval.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
         model, data, step = _load_trained(script, cfg, ddp)
         figures = script.evaluate(model, cfg, data, ddp)
         if ddp.is_main:
             print_figures(figures)
-            file = Path(cfg.save or Path(cfg.out) / "eval.json")
             write_json(file, dict(
                 method=script.name_of(cfg), dataset=cfg.dataset, split=cfg.split, step=step,
                 argv=argv or sys.argv[1:], figures=figures, config=dataclasses.asdict(cfg),
@@ -1460,9 +1499,36 @@ def main(script: ModuleType, argv: list[str] | None = None) -> None:
         getattr(script, cfg.mode)(cfg)
 
 
+class Output:
+    """stdout or stderr that neither a character it lacks nor the end of its reader (`python cadd.py
+    | head -1`) can stop: what follows is lost, the run goes on."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed from the start
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        self._do(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._do(self.stream.flush)
+
+    def _do(self, action: Callable, *args: Any) -> None:
+        try:
+            action(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_main(main: Callable[..., None], *args: Any) -> None:
     """Call main; a RunError (a ValueError of data.py, an OSError of a file) becomes one line and
     exit code 1."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Output, streams)
     try:
         main(*args)
     except (RunError, ValueError, OSError) as error:
@@ -1473,5 +1539,6 @@ def run_main(main: Callable[..., None], *args: Any) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        sys.stdout, sys.stderr = streams
         if dist.is_initialized():
             dist.destroy_process_group()

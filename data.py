@@ -43,7 +43,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -182,6 +182,11 @@ class Sequences:
         if split not in self.splits:
             raise DataError(f"{self.name} has no {split!r} split; it has {', '.join(self.splits)}")
         return self.splits[split]
+
+    def held_out(self) -> Sequences:
+        """The same with valid in train's place, so that `train_batch` yields what validates."""
+        labels = {"train": self.labels["valid"]} if self.labels else {}
+        return replace(self, splits={"train": self.tokens("valid")}, labels=labels)
 
     def num_sequences(self, split: str) -> int:
         """Sequences that `eval_batches` yields. A stream's tail shorter than L is not scored."""
@@ -380,6 +385,12 @@ class PairData:
                       f"{texts[i][:40]!r}...", file=sys.stderr)
                 encoded[i] = np.append(ids[:self.length - 1], EOS)
         return Sentences.join(encoded).rows(np.arange(len(texts)), self.length)
+
+    def held_out(self) -> PairData:
+        """The same with the first 200 valid pairs in train's place."""
+        sides = zip(*self.texts["valid"][:200])
+        return replace(self, _plan={}, train=tuple(
+            Sentences.join([self.encode(text)[:self.length] for text in side]) for side in sides))
 
     def num_sequences(self, split: str) -> int:
         """Pairs of a split."""

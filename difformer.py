@@ -56,7 +56,7 @@ class Config(common.RunConfig):
                        choices=("numbers", *PAIR_SETS, "files"))
     train: tuple = arg((), "two files, line i of one translates line i of the other")
     valid: tuple = arg((), "the same for validation; none: held out of --train")
-    test: tuple = arg((), "the same for testing; none: the valid pairs")
+    test: tuple = arg((), "the same for testing")
     distilled: str = arg("", "file whose line i replaces training target i")
     lower: bool = arg(False, "lower-case both sides")
     max_number: int = arg(9999, "numbers: the largest", 20, 999_999)
@@ -354,7 +354,8 @@ class Difformer(nn.Module):
                 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sums over the batch: the loss (divide by the tokens of y), the length loss (divide by the
         pairs) and statistics. The arguments are a Batch."""
-        encode, denoise, losses = self.compiled or (self.encode, self.denoise, self.losses)
+        compiled = self.training and self.compiled
+        encode, denoise, losses = compiled or (self.encode, self.denoise, self.losses)
         memory, memory_not_pad, length_logits = encode(x)
         index = (u * self.cfg.T).long()                                    # (B,) of 0..T-1
         z0, not_pad = self.z0(y), y != PAD
@@ -474,6 +475,8 @@ def load(cfg: Config, tokenizer: dict | None = None) -> PairData:
     if tokenizer and cfg.source:
         return PairData.from_tokenizer(tokenizer)
     files = dict(train=cfg.train, valid=cfg.valid, test=cfg.test)
+    if cfg.dataset != "files" and any(files.values()):
+        raise RunError("--train, --valid and --test go together, as --dataset files")
     return load_pairs(cfg.dataset, cfg.data_dir, cfg.max_length, cfg.vocab, cfg.max_number, files,
                       cfg.lower, cfg.distilled, synthetic=cfg.mode == "bench")
 
@@ -500,6 +503,7 @@ def load_batches(cfg: Config, data: PairData, step: int, ddp: common.DDP
 
 
 def build(cfg: Config, data: PairData) -> Difformer:
+    """The network, untrained. Raises RunError if sentences could not be decoded so."""
     if cfg.length > cfg.max_length - 2 or cfg.K > cfg.T:
         raise RunError(f"--length is at most {cfg.max_length - 2} and --K at most {cfg.T} here")
     return Difformer(cfg, data.vocab_size)
@@ -544,7 +548,13 @@ def train(cfg: Config, ddp: common.DDP, data: PairData) -> common.Run:
     run = common.Run("difformer", cfg, ddp, data, model, optimizer, ema,
                      flops_per_pair(model, M, N) / N, note=f" | F {model.factor:g}")
     net = ddp.wrap(model, compile=False)
-    for step in run.steps(lambda total: summarise(total, model)):
+
+    def valid(held_out: PairData, step: int) -> Tensor:
+        batches, pairs, tokens = load_batches(cfg, held_out, step, ddp)
+        losses = [model(*batch)[:2] for batch in batches]
+        return sum(loss / tokens + cfg.length_weight * length / pairs for loss, length in losses)
+
+    for step in run.steps(lambda total: summarise(total, model), valid):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
         batches, pairs, tokens = load_batches(cfg, data, step, ddp)

@@ -651,7 +651,7 @@ def draw_collapse(results: dict[str, dict], folder: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------
 
 CURVES = ("loss", "L_0", "L_DM", "L_CM", "ce", "mse", "cross_entropy", "accuracy", "bleu",
-          "hint_accuracy")  # what scripts log; names that end in _bits or _nats besides
+          "hint_accuracy", "valid_loss")  # what scripts log; and names that end in _bits or _nats
 
 
 def read_curves(out: Path) -> dict[str, dict[int, float]]:
@@ -715,6 +715,9 @@ def script_of(out: Path) -> ModuleType:
 def score_run(out: Path, split: str, flags: list[str], extra: list[str]) -> dict:
     """A run folder's figures on the full split, from eval-SPLIT.json if that is up to date."""
     script, kept = script_of(out), out / f"eval-{split}.json"
+    if "--eval_draws" in flags and not hasattr(script.Config, "eval_draws"):
+        raise RunError(f"{out} was made by {script.__name__}.py, which draws nothing for its "
+                       "figures: drop --eval_draws")
     stamp = {"mtime_ns": (out / "checkpoint.pt").stat().st_mtime_ns, "flags": [*flags, *extra]}
     if kept.exists():
         result = json.loads(kept.read_text())
@@ -757,8 +760,8 @@ DRAWS_RUNS.add_argument("--out", type=Path, help="where pictures go (default: th
 
 def curves_main(argv: list[str]) -> None:
     """`eval.py curves`: the last values as a table, all in curves.png."""
-    parser = argparse.ArgumentParser("eval.py curves", parents=[DRAWS_RUNS], allow_abbrev=False,
-                                     description="Loss and bounds over steps from log.jsonl.")
+    parser = common.Parser("eval.py curves", parents=[DRAWS_RUNS], allow_abbrev=False,
+                           description="Loss and bounds over steps from log.jsonl.")
     args = parser.parse_args(argv)
     results = {name: read_curves(run) for name, run in names_of(args.runs).items()}
     print(table([{"run": run, "steps": f"{max(max(c) for c in curves.values()):,}"} | {
@@ -777,7 +780,7 @@ def curves_main(argv: list[str]) -> None:
 
 def collapse_main(argv: list[str]) -> None:
     """`eval.py collapse`: a table, collapse.json and two pictures."""
-    parser = argparse.ArgumentParser(
+    parser = common.Parser(
         "eval.py collapse", parents=[OPENS_RUNS, DRAWS_RUNS], allow_abbrev=False,
         description="Have the learned embeddings of CATDM, CADD or Difformer runs collapsed?")
     args = parser.parse_args(argv)
@@ -809,16 +812,16 @@ def main(argv: list[str] | None = None) -> None:
         return collapse_main(argv[1:])
     if argv[:1] == ["curves"]:
         return curves_main(argv[1:])
-    parser = argparse.ArgumentParser("eval.py", parents=[OPENS_RUNS], allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description=__doc__)
+    parser = common.Parser("eval.py", parents=[OPENS_RUNS], allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter,
+                           description=__doc__)
     parser.add_argument("paths", nargs="+", help="run folders, or files of samples")
     parser.add_argument("--dataset", help="whose words to compare with, for files of samples")
     parser.add_argument("--metrics", nargs="+", default=[], choices=EXTRA, help="also these")
     parser.add_argument("--eval_draws", type=int, help="draws per sequence (default: the run's)")
     args = parser.parse_args(argv)
     flags = ["--data_dir", args.data_dir, "--device", args.device]
-    if args.eval_draws:
+    if args.eval_draws is not None:
         flags += ["--eval_draws", str(args.eval_draws)]
 
     rows, sets, toys, pictures = [], {}, {}, {}

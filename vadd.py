@@ -612,6 +612,7 @@ def kl_weight(step: int, cfg: Config) -> float:
 
 def build(cfg: Config, data: Sequences) -> VADD:
     """The networks, untrained. Raises RunError if a DiT's width does not suit its heads."""
+    bound_steps(cfg)  # a mistake there should not cost a training run
     return VADD(cfg, data.vocab_size)
 
 
@@ -625,7 +626,6 @@ def flops_per_token(model: VADD, L: int) -> float:
 
 
 def train(cfg: Config, ddp: common.DDP, data: Sequences) -> common.Run:
-    bound_steps(cfg)  # a mistake there should not cost a training run
     model = build(cfg, data).to(ddp.device)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8,
                                   weight_decay=cfg.weight_decay, fused=True)
@@ -647,7 +647,12 @@ def train(cfg: Config, ddp: common.DDP, data: Sequences) -> common.Run:
                 "--latent_dim", file=sys.stderr)
         return record, shown
 
-    for step in run.steps(summary):
+    def valid(held_out: Sequences, step: int) -> Tensor:  # the KL in full
+        batches = [load_batch(cfg, held_out, step, index, ddp) for index in parts]
+        tokens = ddp.sum(sum(batch.not_pad.sum() for batch in batches))
+        return sum(model(*batch, torch.ones_like(batch.t[0]))[0] for batch in batches) / tokens
+
+    for step in run.steps(summary, valid):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
         ramp = torch.full((), kl_weight(step, cfg), device=ddp.device)
@@ -671,10 +676,11 @@ def train(cfg: Config, ddp: common.DDP, data: Sequences) -> common.Run:
 def summarise(total: dict, cfg: Config, step: int) -> tuple[dict, dict]:
     """What log.jsonl gets and what the bar shows, from the sums since the last line."""
     nll, kl = (sum(total[name]) / total["tokens"] for name in ("weighted_nll", "weighted_kl"))
+    masked = sum(total["masked"])
     delbo = nll + kl  # Eq. 9 per token: the KL in full
     record = dict(
         delbo_nats=delbo, delbo_bits=delbo / math.log(2), nll_given_z_nats=nll,
-        ce_masked_nats=sum(total["ce"]) / max(1.0, sum(total["masked"])),
+        ce_masked_nats=sum(total["ce"]) / masked if masked else None,
         ce_by_t=[round(c / m, 4) if m else None for c, m in zip(total["ce"], total["masked"])])
     shown = dict(loss=f"{delbo:.3f}")
     if cfg.latent_dim:
@@ -699,8 +705,9 @@ def name_of(cfg: Config) -> str:
 def bound_steps(cfg: Config) -> tuple[int, ...]:
     """--bound_steps "1,16" -> (1, 16)."""
     parts = cfg.bound_steps.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise RunError(f'--bound_steps {cfg.bound_steps!r}: give numbers of steps such as "1,16"')
+    if not all(part.strip().isdecimal() and 0 < int(part) <= 10**6 for part in parts):
+        raise RunError(f'--bound_steps {cfg.bound_steps!r}: give numbers of steps, 1 to 1000000, '
+                       'such as "1,16"')
     return tuple(map(int, parts))
 
 
@@ -712,7 +719,7 @@ def evaluate(model: VADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict
     with common.exact(ddp.device), ddp.autocast():  # which leaves float64 alone
         values = likelihoods(model, (x0 for x0, _ in batches), cfg.eval_draws, seed, data.pad_id,
                              cfg.K, bound_steps(cfg))
-    figures = common.estimates(values, data, ddp, values.pop("tokens"), given="padding", K=cfg.K,
+    figures = common.estimates(values, data, ddp, values.pop("tokens", None), given="padding", K=cfg.K,
                                split=cfg.split)
     for name, figure in figures.items():
         figure["is_bound"] = name != "nll_delbo" or not cfg.latent_dim

@@ -228,7 +228,7 @@ def evaluate(model: Predictor, cfg: Config, data: Sequences | PairData, ddp: com
     batches = common.eval_batches(data, cfg.split, cfg.micro_batch, cfg.eval_sequences, ddp)
     with ddp.autocast():
         rows = [(-log_likelihood(model, ids), (ids != model.pad).sum(1)) for ids, _ in batches]
-    nll, tokens = map(torch.cat, zip(*rows))
+    nll, tokens = map(torch.cat, zip(*rows)) if rows else torch.zeros(2, 0, device=ddp.device)
     given = "padding" if data.eos_id is None else ""  # else a sequence's end is scored
     return common.estimates({"nll": nll / tokens}, data, ddp, tokens, given, split=cfg.split,
                             exact=True)

@@ -4,9 +4,11 @@ RUNS lists a tiny run of each script and task; the fixtures `run` and `trained` 
 as a program, by `two_ranks`, this file is one rank that trains several of them.
 """
 
+import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -155,10 +157,26 @@ def two_ranks(*jobs):
 
 
 def one_rank(jobs):
-    for name, flags in jobs:
+    """A job may end with {"term": RANKS}, which get SIGTERM twice in step 4, as from torchrun, or
+    with {"nan": RANKS}, whose statistics are not finite in step 3."""
+    for name, flags, *trouble in jobs:
         with pytest.MonkeyPatch.context() as patch:
             plain_descent(patch, script_of(name))
-            common.main(script_of(name), flags)
+            patch.setattr(common.Run, "steps", troubled(common.Run.steps, **dict(*trouble)))
+            with contextlib.suppress(*([KeyboardInterrupt, common.RunError] if trouble else [])):
+                common.main(script_of(name), flags)
+
+
+def troubled(steps, term=(), nan=()):
+    def watched(run, *callables):
+        for step in steps(run, *callables):
+            if step == 3 and int(os.environ["RANK"]) in term:
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
+            if step == 2 and int(os.environ["RANK"]) in nan:
+                run.add(tokens=float("nan"))
+            yield step
+    return watched
 
 
 if __name__ == "__main__":

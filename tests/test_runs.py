@@ -4,8 +4,10 @@ The same tests for all of RUNS (conftest.py); what is one script's alone is at t
 """
 
 import dataclasses
+import io
 import json
 import math
+import os
 import runpy
 import shutil
 import signal
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,8 +77,8 @@ def at_step(monkeypatch):
     def go(n, action):
         steps = common.Run.steps
 
-        def watched(run, summarise):
-            for step in steps(run, summarise):
+        def watched(run, *callables):
+            for step in steps(run, *callables):
                 if n in (step, None):
                     action(run)
                 yield step
@@ -144,6 +147,23 @@ def test_a_signal_saves_and_the_same_command_resumes(run, trained, at_step, name
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
     assert checkpoint(out)["step"] == 4
     same(checkpoint(run(name, 6, "--dropout", "0.2")), checkpoint(trained(name)))
+
+
+def test_a_signal_forwarded_at_once_is_the_same_request(monkeypatch):
+    """torchrun repeats what its processes had; a second Ctrl-C three seconds later is meant."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stop = common.StopRequest()
+    try:
+        for seconds in (0, 0.5, 2.4):
+            now[0] += seconds
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.asked
+        now[0] += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.restore()
 
 
 def test_real_signals_end_with_130_and_leave_a_checkpoint(tmp_path, data_dir):
@@ -272,6 +292,54 @@ def test_time_budget_ends_training_and_is_kept_over_resumes(run, name, capsys):
 
 
 @pytest.mark.parametrize("name", RUNS)
+def test_the_valid_loss_is_of_valid_and_leaves_the_training_alone(run, trained, name, monkeypatch):
+    """Logged at each save. It reads other data than the training, which is the same to the bit
+    without it, dropout included."""
+    kept, steps = {}, common.Run.steps
+    losses = [(r["step"], r["valid_loss"]) for r in log_of(trained(name)) if "valid_loss" in r]
+    for kind in (data_module.Sequences, data_module.PairData):
+        def watched(self, *rest, inner=kind.train_batch):
+            batch = inner(self, *rest)
+            kept.setdefault(self.num_sequences("train"), []).append(batch.ids)
+            return batch
+        monkeypatch.setattr(kind, "train_batch", watched)
+    again = [r for r in log_of(run(name, 6, "--dropout", "0.2")) if "valid_loss" in r]
+    assert [tuple(r.values()) for r in again] == losses and [step for step, _ in losses] == [3, 6]
+    assert losses[0][1] != losses[1][1] and all(map(math.isfinite, dict(losses).values()))
+    assert sorted(map(len, kept.values())) == [2, 6]  # saves, steps
+    monkeypatch.setattr(common.Run, "steps", lambda run, summarise, valid: steps(run, summarise))
+    alone = run(name, 6, "--dropout", "0.2", out="b")
+    assert not any("valid_loss" in record for record in log_of(alone))
+    same(checkpoint(alone), checkpoint(trained(name)))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_best_checkpoint_is_kept_and_read(run, at_step, name, data_dir, monkeypatch, capsys):
+    """The averaged weights are spoilt in steps 6 and 9: 3 stays the best, over a resume too."""
+    script, seen = script_of(name), []
+    at_step(None, lambda run: run.step in (5, 8) and [p.add_(9 * torch.randn(
+        p.shape, generator=torch.Generator().manual_seed(1))) for p in run.ema.average])
+    best = ["--keep", "best"]
+    before = checkpoint(run(name, 3))
+    out = run(name, 6, *best, "--overwrite")
+    assert checkpoint(out)["step"] == 6
+    kept = torch.load(out / "best.pt", weights_only=True)
+    first = next(r["valid_loss"] for r in log_of(out) if "valid_loss" in r)
+    assert kept.pop("valid_loss") == first and kept["step"] == 3
+    same(kept, before)
+    assert torch.load(run(name, 9, *best) / "best.pt", weights_only=True)["valid_loss"] == first
+    monkeypatch.setattr(script, "evaluate", lambda model, *_: seen.append(model) or {})
+    for flags, step, state in ((["--keep", "last"], 9, checkpoint(out)), ([], 3, kept)):
+        common.main(script, ["--mode", "eval", "--out", str(out), "--device", "cpu", "--data_dir",
+                             data_dir, *flags])
+        assert json.loads((out / "eval.json").read_text())["step"] == step
+        same(dict(seen[-1].state_dict()), dict(state["ema"]["params"]))
+    assert common.score(script, str(out), ["--device", "cpu", "--data_dir", data_dir])["step"] == 3
+    run(name, 2, "--overwrite")
+    assert not (out / "best.pt").exists()
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_nan_loss_stops_and_leaves_the_last_checkpoint(run, at_step, name):
     """NaN from the seventh step on: it is not saved."""
     at_step(6, lambda run: run.ema.live[0].data.fill_(math.nan))
@@ -381,6 +449,9 @@ def test_two_steps_of_two_parameters_by_hand(run, monkeypatch, flags):
     average = [1 / 10 * 1 + 9 / 10 * p for p in one]                       # decay 1/10, then 2/11
     average = [2 / 11 * a + 9 / 11 * p for a, p in zip(average, two)]
     assert kept["ema"]["params"]["p"].tolist() == pytest.approx(average, rel=1e-5)
+    a, b = average  # the averaged weights' loss per token, whatever the batch
+    assert log_of(out)[-1] == dict(
+        step=2, valid_loss=pytest.approx(a + 2 * b + 2 * (a * a + b * b), rel=1e-5))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -409,9 +480,11 @@ def test_noise_differs_between_steps_and_data_too(run, name, monkeypatch, at_ste
 
 def test_two_ranks_equal_one(run, tmp_path, data_dir, capsys):
     """The same gradients (plain descent, so that a wrong factor shows), with padding and two
-    micro-batches a rank; two ranks resume what one began; two agree when the time is over."""
-    jobs, single = [], {}
-    more = {"catdm": ["--recon_share", "0.5"]}
+    micro-batches a rank; two ranks resume what one began; two agree when the time is over, when
+    one or both get signals and when one has no finite loss. Rank 1 may have nothing to evaluate;
+    rank 0 alone prints."""
+    jobs, single, few = [], {}, ["--eval_sequences", "1"]
+    more = {"vadd": few, "catdm": ["--recon_share", "0.5", *few], "catdm-pairs": few}
     micro = {n: ["--micro_tokens", "40"] if n in PAIRS else ["--micro_batch", "2"] for n in RUNS}
     names = ["cadd", "vadd", "catdm", "catdm-pairs", "difformer"]
     with pytest.MonkeyPatch.context() as patch:
@@ -428,8 +501,21 @@ def test_two_ranks_equal_one(run, tmp_path, data_dir, capsys):
     budget = tmp_path / "budget"
     jobs.append(("cadd", [*tiny("cadd", data_dir), *DESCENT, "--minutes", "0.003", "--steps",
                           "1000000", "--save_every", "1000000", "--out", str(budget)]))
+    for trouble in ({"term": [1]}, {"term": [0, 1]}, {"nan": [1]}):
+        jobs.append(("cadd", [*tiny("cadd", data_dir), *DESCENT, *micro["cadd"], "--steps", "5",
+                              "--save_every", "3", "--log_every", "1000", "--out",
+                              str(tmp_path / f"{trouble}")], trouble))
+    for mode in ("eval", "sample"):
+        jobs.append(("cadd", ["--mode", mode, "--out", str(tmp_path / "cadd-2"), "--device", "cpu",
+                              "--data_dir", data_dir, *few]))
     printed = two_ranks(*jobs)
-    assert printed.count("training ->") == 6 and printed.count("resuming at step 4") == 1
+    assert printed.count("training ->") == 9 and printed.count("resuming at step 4") == 1
+    assert printed.count("stopped at step 4, saved") == 2
+    assert printed.count("eval.json") == 1
+    for trouble in ({"term": [1]}, {"term": [0, 1]}):
+        close_weights(states["cadd"], stopped := checkpoint(tmp_path / f"{trouble}"))
+        assert stopped["step"] == 4 and not (tmp_path / f"{trouble}/result.json").exists()
+    assert not list((tmp_path / "{'nan': [1]}").glob("*.pt"))
     for name in names:
         one, two = single[name], tmp_path / f"{name}-2"
         close({k: v for k, v in curves(one).items() if k <= 4}, curves(two))
@@ -441,6 +527,11 @@ def test_two_ranks_equal_one(run, tmp_path, data_dir, capsys):
         assert list(figures) == list(others)
         for key in figures:
             assert figures[key].get("draws") == others[key].get("draws"), (name, key)
+            if figures[key].get("draws") == 1:  # rank 0 has it, with the noise of one rank
+                assert figures[key]["value"] == pytest.approx(others[key]["value"], rel=1e-3)
+        losses, others = ([r["valid_loss"] for r in log_of(out) if "valid_loss" in r]
+                          for out in (one, two))
+        assert losses[:len(others)] == pytest.approx(others, rel=1e-4) and len(others) == 2
     close(curves(longer), curves(moved))
     close_weights(checkpoint(longer), checkpoint(moved))
     assert checkpoint(budget)["seconds"] >= 0.18 and (budget / "result.json").exists()
@@ -699,6 +790,75 @@ def test_newcomer_mistakes_are_one_line_and_a_bad_exit_code(capsys, tmp_path, da
     if name != "difformer":
         failed(capsys, "train", script, "--dataset", "folder", "--device", "cpu")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+LATE = [  # what evaluation or sampling would refuse
+    ("cadd", "valid is shorter than one sequence of 40000", "--length 40000"),
+    ("catdm-text", "valid is shorter than one sequence of 40000", "--length 40000"),
+    ("vadd", "has no 'test' split", "--dataset DATA/own --split test"),
+    ("difformer", "files has no test pairs", "--dataset files --train DATA/own/train.txt "
+     "DATA/own/train.txt --split test"),
+    ("cadd", "--prompt has no gap", "--prompt abc"),
+    ("cadd", "--prompt has 17 tokens: 16", f"--prompt {'_' * 17}"),
+    ("cadd", "'É' at offset 0 is not in the vocabulary", "--prompt É_"),
+    ("catdm", "--label X: choose one of 0, 1, 2", "--label X"),
+    ("catdm-text", "--label 1: this model has no classes", "--label 1"),
+    ("catdm-pairs", "--label 1: this model has no classes", "--label 1"),
+    ("catdm-text", "--tokens is for ffhq, lsun and imagenet: say --dataset x.npy", "--tokens x.npy"),
+    ("vadd", "give numbers of steps, 1 to 1000000", "--bound_steps 1,0"),
+    ("vadd", "give numbers of steps, 1 to 1000000", "--bound_steps 1,1000001"),
+    ("difformer", "--length is at most 30 and --K at most 2000", "--K 2001"),
+    ("difformer", "--length is at most 30 and --K at most 2000", "--length 31"),
+    ("difformer", "--train, --valid and --test go together", "--valid a b"),
+    ("cadd", "Not a directory", "--data_dir DATA/tokens.npy")]
+
+
+@pytest.mark.parametrize("name, message, flags", LATE)
+def test_what_cannot_be_evaluated_is_not_trained(capsys, tmp_path, data_dir, name, message, flags):
+    own = Path(data_dir) / "own"
+    own.mkdir(exist_ok=True)
+    for split in ("train", "valid"):
+        (own / f"{split}.txt").write_text("ab cd\n" * 99)
+    failed(capsys, message, f"{script_of(name).__name__}.py", *tiny(name, data_dir), "--steps", "1",
+           "--out", tmp_path / "a", *flags.replace("DATA", data_dir).split())
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["cadd", "vadd", "catdm"])
+def test_a_step_without_a_masked_token_is_logged(run, name):
+    """One sequence a step: sometimes nothing is hidden."""
+    lines = curves(run(name, 30, "--batch_size", "1", "--log_every", "1"))
+    assert len(lines) == 30
+    if name != "catdm":
+        found = [r["ce_masked_nats"] for r in lines.values()]
+        assert None in found and any(found)
+
+
+def test_a_run_outlives_its_readers_and_an_ascii_terminal(tmp_path, data_dir, monkeypatch):
+    """`python cadd.py | head -1`, stderr closed as well: result.json is there, exit code 0. Then a
+    terminal without ±, and no streams at all."""
+    flags = [*tiny("cadd", data_dir), "--steps", "3", "--out"]
+    pipes = [os.pipe() for _ in range(2)]
+    for reader, _ in pipes:
+        os.close(reader)
+    broken = [open(writer, "w") for _, writer in pipes]
+    ascii_only = [io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True) for _ in range(2)]
+    for name, streams in (("a", broken), ("b", ascii_only), ("c", (None, None))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", streams[0])
+            patch.setattr(sys, "stderr", streams[1])
+            common.run_main(common.main, cadd, [*flags, str(tmp_path / name)])
+            assert (sys.stdout, sys.stderr) == tuple(streams)
+        assert json.loads((tmp_path / name / "result.json").read_text())["step"] == 3
+    for stream in broken:
+        stream.close()  # nothing left that could not be written
+    assert b" ? " in ascii_only[0].buffer.getvalue()
+
+
+def test_no_home_is_needed(monkeypatch, tmp_path, data_dir):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.delenv("CATDIFF_CACHE", raising=False)
+    assert data_module.folders_of(tmp_path, "x") == [tmp_path / "x"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
