@@ -548,7 +548,7 @@ def likelihoods(
     p(x | y), given the padding; and how many tokens are none: (sequences x draws, 4). Times are
     low-discrepancy across the batch and across a sequence's draws, so the naive standard error is
     on the safe side."""
-    rows = [torch.zeros(0, 4, dtype=torch.float64, device=model.embed.weight.device)]
+    rows = []
     for number, (x, y) in enumerate(batches):
         B, noise = len(x), dict(device=x.device, generator=torch.Generator(
             x.device).manual_seed(common.fold_in(seed, 77, number)))
@@ -559,7 +559,7 @@ def likelihoods(
             eps, eps0 = torch.randn(2, *x.shape, model.cfg.embed_dim, **noise)
             terms = bound_terms(model, x, y, u, eps, eps0, not_pad, end, start)
             rows.append(torch.cat([terms, not_pad.sum(1, keepdim=True)], 1))
-    return torch.cat(rows)
+    return torch.cat(rows or [torch.zeros(0, 4, dtype=torch.float64)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -810,7 +810,7 @@ def evaluate(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP) -> dict[
     def terms(split: str, limit: int, draws: int, seed: int, *ends: float) -> Tensor:
         batches = eval_batches(cfg, data, split, limit, ddp)
         with ddp.autocast():
-            return likelihoods(model, batches, draws, seed, data.pad_id, *ends)
+            return likelihoods(model, batches, draws, seed, data.pad_id, *ends).to(ddp.device)
 
     end = min(cfg.bound_end, cfg.logsnr_max)
     if cfg.bound_end > LOGSNR:  # the best on 128 training sequences

@@ -1061,11 +1061,10 @@ class Run:
         by the averaged weights, without dropout; returns the least so far, and this one. With
         --keep best the least is saved. Takes some 1% of the training's time."""
         ddp, steps = self._ddp, min(8, 1 + self._cfg.save_every // 25)
-        with torch.random.fork_rng([ddp.device] if ddp.on_cuda else []), torch.no_grad():
-            with self.ema.swapped_in(), ddp.autocast():
-                self._model.eval()
-                share = sum(loss(held_out, step) for step in range(steps)) / steps
-                self._model.train()
+        with torch.no_grad(), self.ema.swapped_in(), ddp.autocast():
+            self._model.eval()  # without dropout nothing draws from the global random state
+            share = sum(loss(held_out, step) for step in range(steps)) / steps
+            self._model.train()
         value = ddp.sum(share.double()).item()
         self._write(dict(step=self.step, valid_loss=value if math.isfinite(value) else None))
         if value < best and self._cfg.keep == "best":

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -537,7 +538,7 @@ def test_any_rank_is_enough():
     assert Pair(0, 2, torch.device("cpu"), False).any(True) is True
 
 
-def test_estimates_by_hand():
+def test_estimates_by_hand(monkeypatch):
     """Bits per character, nats per point of L bins, nats per token with perplexity."""
     values = {"nll": torch.tensor([1.0, 2.0, 3.0, 6.0]), "speed": torch.tensor([1.0])}
     data = types.SimpleNamespace(unit="char", length=7)
@@ -551,6 +552,7 @@ def test_estimates_by_hand():
     figures = common.estimates(values, data, ddp())
     assert figures["nll"]["perplexity"] == pytest.approx(math.exp(3))
     assert figures["nll"]["unit"] == "nats/token" and "perplexity" not in figures["speed"]
+    monkeypatch.setattr(common.dist, "broadcast_object_list", lambda names: None)
     two = common.estimates(values, data, Pair(0, 2, torch.device("cpu"), False))["nll"]
     assert (two["value"], two["draws"]) == (pytest.approx(3), 8)
     assert two["stderr"] == pytest.approx(figures["nll"]["stderr"] / math.sqrt(2))
@@ -629,16 +631,18 @@ def test_statistics_are_sums_since_the_last_line_over_all_ranks(tmp_path):
 
 
 def test_a_rank_leaves_the_loop_when_another_asks(tmp_path, monkeypatch):
-    """They ask each other at the log, here it is the other one, at the second."""
+    """They ask each other at each step whether a signal came, here to the other one in the second,
+    and whether the time is over; and meet once more when rank 0 has saved."""
     ranks = Pair(0, 2, torch.device("cpu"), False)
     asked = []
-    ranks.any = lambda flag: asked.append(flag) or len(asked) == 2
+    ranks.any = lambda flag: asked.append(flag) or len(asked) == 3
     run = tiny_run(tmp_path, ranks, steps=100, save_every=1000)
     monkeypatch.setattr(common, "rng_states", lambda ddp: [{}, {}])  # the gathering of both
-    for _ in run.steps(lambda total: ({}, {})):
-        run.add(tokens=1)
-    assert asked == [False, False] and run.step == 4
-    assert common.read_checkpoint(tmp_path / "run" / "checkpoint.pt", "toy")["step"] == 4
+    with pytest.raises(KeyboardInterrupt):
+        for _ in run.steps(lambda total: ({}, {})):
+            run.add(tokens=1)
+    assert asked == [False] * 3 + [True] and run.step == 2
+    assert common.read_checkpoint(tmp_path / "run" / "checkpoint.pt", "toy")["step"] == 2
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
@@ -659,7 +663,8 @@ def test_an_error_in_the_loop_leaves_the_signals_as_they_were(tmp_path):
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
+def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "monotonic", itertools.count(1, 4).__next__)  # seconds later
     with pytest.raises(KeyboardInterrupt):
         for step in tiny_run(tmp_path).steps(lambda total: ({}, {})):
             signal.raise_signal(signal.SIGINT)

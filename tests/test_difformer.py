@@ -572,7 +572,7 @@ def test_the_gradient_is_that_of_the_global_batch(model, monkeypatch):
         def __init__(self, *args, note):
             told.update(flops=args[-1], note=note)
 
-        def steps(self, summarise):
+        def steps(self, summarise, valid):
             yield 50
 
         def add(self, **stats):
@@ -667,7 +667,7 @@ def test_a_run_leaves_everything(run, capsys):
     assert result["step"] == 4 and result["figures"]["speed"]["value"] > 0
     assert result["factor"] == 2
     assert {"mse", "cross_entropy", "accuracy", "length_loss", "embedding_std", "anisotropy", "lr",
-            "tokens_per_s", "seconds"} <= set(log_of(out)[-1])
+            "tokens_per_s", "seconds"} <= set(log_of(out)[-2])
     assert len((out / "translations-valid.jsonl").read_text().splitlines()) == 3
     metrics.main([str(out), "--device", "cpu"])
     assert "exact, %" in capsys.readouterr().out

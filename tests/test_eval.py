@@ -319,7 +319,7 @@ def table_of(printed):
 
 
 def test_runs_and_their_samples_make_one_table(tmp_path, scored, capsys):
-    a, b = made_run(tmp_path / "a", "cadd"), made_run(tmp_path / "b", "difformer")
+    a, b = made_run(tmp_path / "a", "cadd"), made_run(tmp_path / "b", "vadd")
     (a / "samples.jsonl").write_text('{"text": "x the of q"}\n')
     flags = ["--data_dir", str(tmp_path), "--device", "cpu", "--split", "test"]
     metrics.main([str(a), str(b), str(a / "samples.jsonl"), "--dataset", "pydoc", *flags,
@@ -333,12 +333,14 @@ def test_runs_and_their_samples_make_one_table(tmp_path, scored, capsys):
     nats = 0.7 * math.log(10) - 0.3 * math.log(0.3)   # three of its ten characters are spaces
     assert row["samples"] == "1" and row["spelled"] == "100.0%"
     assert row["entropy, nats"] == f"{nats:.4f}"
-    assert rows[str(b)]["method"] == "difformer-x" and not rows[str(b)]["samples"]
+    assert rows[str(b)]["method"] == "vadd-x" and not rows[str(b)]["samples"]
     alone = rows[str(a / "samples.jsonl")]
     assert not alone["method"] and alone["spelled"] == "100.0%"
     assert list(rows)[3] == "data: pydoc/test" and int(rows["data: pydoc/test"]["samples"]) > 50
     assert scored[0] == ("cadd", str(a), ["--split", "test", "--data_dir", str(tmp_path),
                                           "--device", "cpu", "--eval_draws", "7"])
+    with pytest.raises(RunError, match="made by difformer.py, which draws nothing .* drop"):
+        metrics.main([str(made_run(tmp_path / "c", "difformer")), "--eval_draws", "7"])
 
 
 def test_figures_are_kept_until_the_checkpoint_or_the_question_changes(tmp_path, scored, capsys):

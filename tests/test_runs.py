@@ -855,6 +855,14 @@ def test_a_run_outlives_its_readers_and_an_ascii_terminal(tmp_path, data_dir, mo
     assert b" ? " in ascii_only[0].buffer.getvalue()
 
 
+@pytest.mark.parametrize("flags", ["--eval_draws 0", "--lr 3"])
+def test_eval_refuses_flags_in_its_own_name(capsys, trained, data_dir, flags):
+    code, _, errors = command(capsys, "eval.py", trained("cadd"), "--data_dir", data_dir,
+                              *flags.split())
+    assert code == 2 and errors.startswith("eval.py: error: ") and flags.split()[0] in errors
+    assert errors.count("\n") == 1
+
+
 def test_no_home_is_needed(monkeypatch, tmp_path, data_dir):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.delenv("CATDIFF_CACHE", raising=False)

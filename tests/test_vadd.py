@@ -760,8 +760,9 @@ def test_the_loop_follows_its_flags(run, monkeypatch):
 
     def watched(self, *batch):
         loss, stats = forward(self, *batch)
-        ramps.append(batch[-1].item())
-        sums.append((stats["weighted_nll"] + stats["weighted_kl"]).sum().item())
+        if self.training:
+            ramps.append(batch[-1].item())
+            sums.append((stats["weighted_nll"] + stats["weighted_kl"]).sum().item())
         return loss, stats
     monkeypatch.setattr(VADD, "forward", watched)
     out = run(6, "--micro_batch", "4", "--warmup", "4", "--clip", "1e-3")
