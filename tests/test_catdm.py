@@ -364,7 +364,7 @@ def test_l2_norm_and_frozen_embeddings(tmp_path):
 
 
 def test_class_and_time_reach_the_network_only_through_their_layers():
-    model = image_model()
+    model = image_model(dropout=0.5)  # which an evaluation does not see
     z, t, y = torch.randn(2, 7, 4), torch.tensor([0.2, 0.2]), torch.tensor([0, 0])
     base = model(z, t, (y,))
     assert not torch.allclose(base, model(z, t, (y + 1,)))
@@ -730,9 +730,11 @@ def test_the_source_reaches_the_prediction():
 def test_candidates_see_their_own_source(monkeypatch):
     data, seen = load_pairs("numbers", max_length=16, vocab=400, max_number=99), []
     cfg = Config(dataset="numbers", dim=8, heads=2, depth=1, ffn=16, dropout=0.0, embed_dim=4,
-                 length=16, length_beam=2, noise_beam=3, sample_batch=2)
+                 length=16, length_beam=2, noise_beam=3, sample_batch=2, sample_steps=7,
+                 sampler="ddim", argmax=True)
 
-    def fake(model, shape, steps, cond, **_):
+    def fake(model, shape, steps, cond, *, sampler, argmax, generator):
+        assert (steps, sampler, argmax) == (7, "ddim", True)
         seen.append(cond)
         yield torch.arange(300, 300 + shape[0])[:, None].expand(shape)
     monkeypatch.setattr(catdm, "sample", fake)
@@ -933,14 +935,19 @@ def test_every_call_of_a_drawing_is_guided(monkeypatch, tmp_path, data_dir):
     """After training at 0, 1 and 2, by --mode sample and eval at --guidance: three steps and the
     call that draws the tokens."""
     cfg = common.parse_config(catdm, [*TINY, *images_of(data_dir), "--out", str(tmp_path),
-                                      "--guidance", "1.5"])
-    data, seen, predict = catdm.load(cfg), [], catdm.predict
+                                      "--guidance", "1.5", "--sampler", "ddim", "--argmax"])
+    data, seen, predict, sample = catdm.load(cfg), [], catdm.predict, catdm.sample
     model = catdm.build(cfg, data).eval()
 
     def spy(model, z, t, cond, guidance=0.0):
         seen.append(guidance)
         return predict(model, z, t, cond, guidance)
     monkeypatch.setattr(catdm, "predict", spy)
+
+    def spy_sample(*args, sampler, argmax, **more):
+        assert sampler == "ddim" and argmax
+        return sample(*args, sampler=sampler, argmax=argmax, **more)
+    monkeypatch.setattr(catdm, "sample", spy_sample)
     monkeypatch.setattr(catdm, "print_grades", lambda *_: {})
     monkeypatch.setattr(catdm.TokenClassifier, "steps", 1)
     monkeypatch.setattr(catdm, "likelihoods", lambda *_: torch.zeros(2, 3))
