@@ -812,7 +812,7 @@ def test_wrong_bound_steps_and_widths_end_before_training(run, tmp_path):
     for wrong in ("1,x", "0", ""):
         with pytest.raises(RunError, match="give numbers of steps"):
             run(2, "--bound_steps", wrong)
-    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "a" / "log.jsonl").exists()
 
 
 def test_presets_name_fields_and_datasets():
