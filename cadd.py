@@ -64,7 +64,8 @@ class Config(common.MaskedConfig):
                        choices=("raw", "c_in", "mean"))
     hint_out: bool = arg(False, "add the log-likelihood of a position's own hint to its logits: "
                          "Bayes' rule need not be learned")
-    detach_hints: bool = arg(False, "no gradient through z_0 into the embeddings")
+    detach_hints: bool = arg(False, "no gradient through z_0 into the embeddings where "
+                              "masked")
     paper: bool = arg(False, "the paper's letter, whatever the preset: --hint_in raw "
                       "--no-hint_out --no-time_cond --embed_norm 0")
     weight: str = arg("elbo", "weight of the loss: elbo (Eq. 2), none = Eq. 20 as printed",
@@ -317,7 +318,9 @@ class CADD(nn.Module):
         cfg, z0, z_t = self.cfg, None, None
         x_t, masked = add_noise(x0, t, u, self.mask_id, cfg.alpha)
         if cfg.hint != "none":
-            z0 = self.w(x0).detach() if cfg.detach_hints else self.w(x0)
+            z0 = self.w(x0)
+            if cfg.detach_hints:
+                z0 = torch.where(masked[..., None], z0.detach(), z0)
             z_t = add_noise_to_hints(z0, masked, t, eps, cfg.hint)
         h = self.features(x_t, z_t, masked, t)
 
