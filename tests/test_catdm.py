@@ -669,7 +669,9 @@ def test_the_teacher_of_a_training_drops_nothing(run, monkeypatch, flags):
     modes, consistency = [], CATDM.consistency
 
     def spy(self, *args):
-        modes.append([{m.training for m in net.modules()} for net in (self.student, self.teacher)])
+        if torch.is_grad_enabled():  # not for the valid loss
+            modes.append([{m.training for m in net.modules()}
+                          for net in (self.student, self.teacher)])
         return consistency(self, *args)
     monkeypatch.setattr(CATDM, "consistency", spy)
     monkeypatch.setattr(catdm, "evaluate", lambda *_: {})
@@ -950,7 +952,7 @@ def test_every_call_of_a_drawing_is_guided(monkeypatch, tmp_path, data_dir):
     monkeypatch.setattr(catdm, "sample", spy_sample)
     monkeypatch.setattr(catdm, "print_grades", lambda *_: {})
     monkeypatch.setattr(catdm.TokenClassifier, "steps", 1)
-    monkeypatch.setattr(catdm, "likelihoods", lambda *_: torch.zeros(2, 3))
+    monkeypatch.setattr(catdm, "likelihoods", lambda *_: torch.ones(2, 4))
     catdm.draw(model, cfg, data, CPU, trained=True)
     catdm.draw(model, cfg, data, CPU)
     cfg.mode = "eval"

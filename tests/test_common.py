@@ -558,7 +558,7 @@ def test_estimates_by_hand(monkeypatch):
     assert two["stderr"] == pytest.approx(figures["nll"]["stderr"] / math.sqrt(2))
 
 
-def test_a_figure_per_token_weighs_sequences_by_their_tokens():
+def test_a_figure_per_token_weighs_sequences_by_their_tokens(monkeypatch):
     """1 + 3 x 5 nats in 4 tokens. The delta method's error is the root of the squares of what rows
     miss, 1 (1 - 4) and 3 (5 - 4), over the tokens. Rows as long as data.length are all scored."""
     values, rows = {"nll": torch.tensor([1.0, 5.0]).double()}, torch.tensor([1, 3])
@@ -567,6 +567,7 @@ def test_a_figure_per_token_weighs_sequences_by_their_tokens():
     assert figure == dict(value=pytest.approx(4), unit="nats/token given the rest", draws=2,
                           stderr=pytest.approx(math.sqrt(18) / 4),
                           perplexity=pytest.approx(math.exp(4)))
+    monkeypatch.setattr(common.dist, "broadcast_object_list", lambda names: None)
     two = common.estimates(values, data, Pair(0, 2, torch.device("cpu"), False), rows)["nll"]
     assert (two["value"], two["unit"]) == (pytest.approx(4), "nats/token")
     assert two["stderr"] == pytest.approx(figure["stderr"] / math.sqrt(2))

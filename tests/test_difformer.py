@@ -713,7 +713,8 @@ def test_one_rank_translates(model):
 
 
 def test_nothing_is_dropped_out_in_decoding(run, monkeypatch):
-    """After training, of a loaded run and in its diagnosis; TINY trains with dropout."""
+    """For the valid loss, after training, of a loaded run and in its diagnosis; TINY trains with
+    dropout."""
     seen, inner = [], Difformer.encode
 
     def spy(model, x):
@@ -725,7 +726,7 @@ def test_nothing_is_dropped_out_in_decoding(run, monkeypatch):
         difformer.main(["--mode", mode, "--device", "cpu", "--out", str(folder)])
     cfg, ddp, model, pairs, _ = common.open_run(difformer, str(folder), ["--device", "cpu"])
     difformer.probe(model, cfg, pairs, ddp, np.array([0.5]))
-    assert seen == [(True, True)] + [(False, False)] * 5
+    assert seen == [(True, True)] + [(False, False)] * 6
 
 
 def test_eval_mode_writes_its_figures_and_settings(run, tmp_path):

@@ -251,7 +251,7 @@ def test_what_a_kill_leaves_is_repaired(run, trained):
             remnant.write_bytes(b"PK")
         state = (out / "checkpoint.pt").read_bytes()
         run("cadd", 6, "--dropout", "0.2")
-        assert [r["step"] for r in log_of(out) if "start" not in r] == [2, 4, 6]
+        assert [r["step"] for r in log_of(out) if "tokens_per_s" in r] == [2, 4, 6]
         assert curves(out) == {k: curves(trained("cadd"))[k] | {"hint_accuracy_by_t": v[
             "hint_accuracy_by_t"]} for k, v in curves(out).items()}
         assert not any(remnant.exists() for remnant in remnants)
@@ -459,8 +459,9 @@ def test_noise_differs_between_steps_and_data_too(run, name, monkeypatch, at_ste
     """With the same batch at every step and no learning the losses differ by their noise alone,
     each kind of which is new; and no two steps read the same data."""
     kept, noise = {}, []
-    at_step(0, lambda run: run._model.register_forward_pre_hook(lambda _, batch: noise.append(
-        [x for x in batch if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim()])))
+    at_step(0, lambda run: run._model.register_forward_pre_hook(lambda model, batch: noise.extend(
+        [[x for x in batch if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim()]]
+        * model.training)))  # not of the valid loss
     for kind in (data_module.Sequences, data_module.PairData):
         def first(self, seed, step, *rest, inner=kind.train_batch):
             kept[step] = inner(self, seed, step, *rest).ids
@@ -645,6 +646,38 @@ def test_samples_and_figures_follow_the_seed(copy_of, name, monkeypatch, data_di
     assert a == b and len({a, c, d}) == 3
 
 
+@pytest.mark.parametrize("name", ["cadd", "vadd"])
+def test_what_is_scored_or_drawn_is_full_float32(copy_of, name, monkeypatch, data_dir):
+    """Under autocast the networks round to bfloat16, but not the head, and nothing is TF32."""
+    script, flags = script_of(name), ["--device", "cpu", "--data_dir", data_dir]
+    cfg, ddp, model, data, _ = common.open_run(script, str(copy_of(name)), flags)
+    ddp = dataclasses.replace(ddp, amp=True)
+    seen = []
+    for function in ("sample", "likelihoods"):
+        monkeypatch.setattr(script, function, lambda *a, inner=getattr(script, function), **k: (
+            seen.append((torch.get_float32_matmul_precision(),
+                         torch.is_autocast_enabled("cpu"))), inner(*a, **k))[1])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        script.evaluate(model, cfg, data, ddp)
+        script.draw(model, cfg, data, ddp)
+        assert torch.get_float32_matmul_precision() == "high" and len(seen) >= 2
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {("highest", True)}
+    weight, bias = (model.readout() if name == "cadd"
+                    else (model.head.weight[:-1], model.head.bias[:-1]))
+    h = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    exact = h @ weight.T + bias
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(h)
+        z0 = model.z0_hat(exact, "soft") if name == "cadd" else None
+    if name == "cadd":
+        assert torch.allclose(z0, exact.softmax(-1) @ model.embedding_matrix()[:-1], atol=1e-6)
+    assert torch.allclose(logits, exact, atol=1e-5)  # bfloat16 would miss by 1e-2
+
+
 @pytest.mark.parametrize("name,figure,flags", [
     ("cadd", "nll_prior", dict(hint="none", eval_draws=1)),
     ("vadd", "nll_bound_2", dict(latent_dim=0, bound_steps="2")), ("ar_baseline", "nll", {})])
@@ -810,7 +843,7 @@ LATE = [  # what evaluation or sampling would refuse
     ("difformer", "--length is at most 30 and --K at most 2000", "--K 2001"),
     ("difformer", "--length is at most 30 and --K at most 2000", "--length 31"),
     ("difformer", "--train, --valid and --test go together", "--valid a b"),
-    ("cadd", "Not a directory", "--data_dir DATA/tokens.npy")]
+    ("cadd", "is a file: choose another --data_dir", "--data_dir DATA/tokens.npy")]
 
 
 @pytest.mark.parametrize("name, message, flags", LATE)
@@ -821,7 +854,7 @@ def test_what_cannot_be_evaluated_is_not_trained(capsys, tmp_path, data_dir, nam
         (own / f"{split}.txt").write_text("ab cd\n" * 99)
     failed(capsys, message, f"{script_of(name).__name__}.py", *tiny(name, data_dir), "--steps", "1",
            "--out", tmp_path / "a", *flags.replace("DATA", data_dir).split())
-    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "a" / "log.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["cadd", "vadd", "catdm"])
@@ -924,7 +957,7 @@ def test_a_debugger_sees_the_error_itself(monkeypatch, capsys, name):
 def test_a_run_leaves_everything_it_should(run, capsys):
     out = run("cadd", 8, "--eval_sequences", "8", report=True)
     printed = capsys.readouterr().out
-    for word in ("nll_prior", "nll_joint", "nll_discrete", "unigram", "bigram", "--- sample", "±"):
+    for word in ("nll_joint", "nll_discrete", "unigram", "bigram", "--- sample", "±"):
         assert word in printed
     result = json.loads((out / "result.json").read_text())
     assert result["step"] == 8 and result["config"]["dim"] == 16 and result["torch"]
@@ -955,7 +988,7 @@ def test_both_schedules_of_tokens_train_sample_and_score(run, capsys, alpha):
     out = run("cadd", 4, "--alpha", alpha, report=True)
     assert capsys.readouterr().out.count("--- sample") == 2
     result = json.loads((out / "result.json").read_text())
-    assert result["config"]["alpha"] == alpha and result["figures"]["nll_prior"]["value"] > 3
+    assert result["config"]["alpha"] == alpha and result["figures"]["nll_joint"]["value"] > 3
     with pytest.raises(RunError, match=f"made with --alpha {alpha}"):
         run("cadd", 6, "--alpha", "linear" if alpha == "cosine" else "cosine")
 
@@ -1063,7 +1096,7 @@ def test_eval_scores_runs_and_samples_in_one_table(run, data_dir, capsys):
     assert len(lines) >= 6 and "nll_joint, bits/char" in lines[0] and "entropy, nats" in lines[0]
     assert "(no bound)" in lines[2] and "mdlm" in lines[3] and lines[5].startswith("| data: pydoc")
     kept = json.loads((a / "eval-valid.json").read_text())
-    assert kept["figures"]["nll_prior"]["draws"] > 8  # the full split, not --eval_sequences
+    assert kept["figures"]["nll_joint"]["draws"] > 8  # the full split, not --eval_sequences
 
 
 # ------------------------------------------------------------------------- catdm.py alone
