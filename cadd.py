@@ -64,10 +64,12 @@ class Config(common.MaskedConfig):
                        choices=("raw", "c_in", "mean"))
     hint_out: bool = arg(False, "add the log-likelihood of a position's own hint to its logits: "
                          "Bayes' rule need not be learned")
+    hint_noise: float = arg(1.0, "standard deviation of z_1 (the paper: 1): more weakens hints and "
+                            "leaves the network long embeddings", 1e-3, 1e6)
     detach_hints: bool = arg(False, "no gradient through z_0 into the embeddings where "
                               "masked")
     paper: bool = arg(False, "the paper's letter, whatever the preset: --hint_in raw "
-                      "--no-hint_out --no-time_cond --embed_norm 0")
+                      "--no-hint_out --hint_noise 1 --no-time_cond --embed_norm 0")
     weight: str = arg("elbo", "weight of the loss: elbo (Eq. 2), none = Eq. 20 as printed",
                       choices=("elbo", "none"))
     mse: str = arg("none", "extra embedding loss |z0hat - z0|^2 (Table 10)",
@@ -92,7 +94,8 @@ class Config(common.MaskedConfig):
 
     def __post_init__(self):
         if self.paper:
-            self.hint_in, self.hint_out, self.time_cond, self.embed_norm = "raw", False, False, 0.0
+            self.hint_in, self.hint_out, self.hint_noise = "raw", False, 1.0
+            self.time_cond, self.embed_norm = False, 0.0
 
 
 _HINTS = dict(hint_in="mean", hint_out=True)  # ours; --paper undoes it
@@ -149,24 +152,27 @@ def flip_probability(t: Tensor, s: Tensor, alpha: str) -> Tensor:
     return (hidden_t - hidden_s) / hidden_t
 
 
-def latent_schedule(t: Tensor, hint: str) -> tuple[Tensor, Tensor]:
-    """(a_t, sigma_t) of the hints z_t = a_t z_0 + sigma_t eps, of t's shape."""
+def latent_schedule(t: Tensor, hint: str, noise: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(a_t, sigma_t) of the hints z_t = a_t z_0 + sigma_t eps, of t's shape; sigma_1 = noise."""
     if hint == "vp":  # cosine: a^2 + sigma^2 = 1 (Eq. 3 with gamma-bar = cos^2)
-        return torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
-    return 1 - t, t  # flow matching (B.1)
+        return torch.cos(math.pi / 2 * t), noise * torch.sin(math.pi / 2 * t)
+    return 1 - t, noise * t  # flow matching (B.1)
 
 
-def latent_kl_rate(t: Tensor, hint: str) -> Tensor:
+def latent_kl_rate(t: Tensor, hint: str, noise: float = 1.0) -> Tensor:
     """r(t) such that the hints' part of the bound is E_t of r(t) |z_0 - z0hat|^2 per masked token.
 
     One step's KL (Eq. 19) is 1/2 (SNR_s - SNR_t) |z_0 - z0hat|^2 with SNR = a^2 / sigma^2: insert
     the general posterior's coefficient a_s var_ts / sigma_t^2 and its variance. It counts where
     the position stays masked, rho_keep -> 1 (Eq. 18). So r = -SNR'(t) / 2:
-    FM: SNR = (1-t)^2/t^2, r = (1-t)/t^3.  VP: SNR = cot^2(pi t/2), r = pi/2 cos/sin^3.
+    FM: SNR = (1-t)^2/t^2, r = (1-t)/t^3.  VP: SNR = cot^2(pi t/2), r = pi/2 cos/sin^3. Both over
+    noise^2.
     """
     if hint == "vp":
-        return math.pi / 2 * torch.cos(math.pi / 2 * t) / torch.sin(math.pi / 2 * t) ** 3
-    return (1 - t) / t**3
+        rate = math.pi / 2 * torch.cos(math.pi / 2 * t) / torch.sin(math.pi / 2 * t) ** 3
+    else:
+        rate = (1 - t) / t**3
+    return rate / noise**2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -184,12 +190,13 @@ def add_noise(x0: Tensor, t: Tensor, u: Tensor, mask_id: int, alpha: str
     return torch.where(masked, mask_id, x0), masked
 
 
-def add_noise_to_hints(z0: Tensor, masked: Tensor, t: Tensor, eps: Tensor, hint: str) -> Tensor:
+def add_noise_to_hints(z0: Tensor, masked: Tensor, t: Tensor, eps: Tensor, hint: str,
+                       noise: float = 1.0) -> Tensor:
     """q(z_t | x_t, x_0), Eq. 11: exact at visible positions, Gaussian at masked ones.
 
     z0 = w(x_0) (B, L, d), masked (B, L), t (B,), eps (B, L, d) normal noise -> z_t (B, L, d).
     """
-    a, sigma = (c[:, None, None] for c in latent_schedule(t, hint))
+    a, sigma = (c[:, None, None] for c in latent_schedule(t, hint, noise))
     return torch.where(masked[..., None], a * z0 + sigma * eps, z0)
 
 
@@ -245,6 +252,10 @@ class CADD(nn.Module):
         h = self.net(self.fuse_hints(w_x, z_in, t), time)
         return torch.cat([h, *self.evidence(z_t, t)], -1) if self.cfg.hint_out else h
 
+    def path(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a_t, sigma_t) of this model's hints."""
+        return latent_schedule(t, self.cfg.hint, self.cfg.hint_noise)
+
     def hint_input(self, z_t: Tensor, t: Tensor) -> Tensor:
         """What the network gets of hints z_t (B, L, d) at masked positions (ours, see --hint_in).
 
@@ -253,7 +264,7 @@ class CADD(nn.Module):
         hint says by itself: sum_v w(v) p(v), p(v) from N(z_t; a w(v), sigma^2), no noise is left.
         """
         w = self.embedding_matrix()[:-1].float()
-        a, sigma = (c[:, None, None] for c in latent_schedule(t, self.cfg.hint))
+        a, sigma = (c[:, None, None] for c in self.path(t))
         if self.cfg.hint_in == "c_in":
             square = w.detach().square().mean()
             return z_t * (square / (a**2 * square + sigma**2)).sqrt()
@@ -271,7 +282,7 @@ class CADD(nn.Module):
         this times p(x_0 | everything else): the network learns only that. No gradient: at small t
         that of w would be a multiple of the network's, and clipping would stop the latter.
         """
-        a, sigma = (c[:, None, None] for c in latent_schedule(t, self.cfg.hint))
+        a, sigma = (c[:, None, None] for c in self.path(t))
         return [z_t.detach() * (a / sigma**2), (a**2 / sigma**2).expand(*z_t.shape[:2], 1)]
 
     def readout(self) -> tuple[Tensor, Tensor]:
@@ -321,7 +332,7 @@ class CADD(nn.Module):
             z0 = self.w(x0)
             if cfg.detach_hints:
                 z0 = torch.where(masked[..., None], z0.detach(), z0)
-            z_t = add_noise_to_hints(z0, masked, t, eps, cfg.hint)
+            z_t = add_noise_to_hints(z0, masked, t, eps, cfg.hint, cfg.hint_noise)
         h = self.features(x_t, z_t, masked, t)
 
         # Eq. 20 as printed has no weight; with the weight of Eq. 2 it is a bound.
@@ -346,9 +357,9 @@ class CADD(nn.Module):
         need not learn from context; where it is 1/V the hint is useless.
         """
         z0, (_, masked) = self.w(x0).float(), add_noise(x0, t, u, self.mask_id, self.cfg.alpha)
-        z_t = add_noise_to_hints(z0, masked, t, eps, self.cfg.hint)[masked]       # (M, d)
+        z_t = add_noise_to_hints(z0, masked, t, eps, self.cfg.hint, self.cfg.hint_noise)[masked]
         t_i = t[:, None].expand_as(x0)[masked]                                    # (M,)
-        a, w = latent_schedule(t_i, self.cfg.hint)[0], self.embedding_matrix()[:-1].float()
+        a, w = self.path(t_i)[0], self.embedding_matrix()[:-1].float()
         # argmin_v |z_t - a w_v|^2
         nearest = (z_t @ w.T - 0.5 * a[:, None] * w.square().sum(-1)).argmax(-1)
         sums = common.by_tenth(t_i, hits=nearest == x0[masked], all=torch.ones_like(t_i))
@@ -376,9 +387,9 @@ def sample(
     noise = dict(device=x.device, generator=generator)
     w = model.embedding_matrix().float()
     z = [None]  # K chains of hints share x_t (Eq. 5)
-    if cfg.hint != "none":  # p(z_T | x_T) = N(0, I) at masked positions; w(x) at given ones
-        z = [torch.where((x == model.mask_id)[..., None], torch.randn(B, L, w.shape[1], **noise),
-                         w[x]) for _ in range(K)]
+    if cfg.hint != "none":
+        z = [torch.where((x == model.mask_id)[..., None], cfg.hint_noise * torch.randn(
+            B, L, w.shape[1], **noise), w[x]) for _ in range(K)]
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=x.device)
     for t, s in zip(times[:-1], times[1:]):
         masked = x == model.mask_id
@@ -397,7 +408,7 @@ def sample(
         for k, z_k in enumerate(z if cfg.hint != "none" and s > 0 else []):
             z0 = model.z0_hat(log_p if z0_hat == "hard" else logits[k], z0_hat)
             eps = torch.randn(z0.shape, **noise)
-            z_s = denoise_hints(z_k[masked], z0, eps, t, s, cfg.hint, z_update)
+            z_s = denoise_hints(z_k[masked], z0, eps, t, s, cfg.hint, z_update, cfg.hint_noise)
             z_s = torch.where(reveal[:, None], w[token], z_s)
             z[k] = z_k.masked_scatter(masked[..., None], z_s)
         yield x
@@ -410,11 +421,12 @@ def mean_over_chains(logits: list[Tensor]) -> Tensor:
 
 
 def denoise_hints(z_t: Tensor, z0: Tensor, eps: Tensor, t: Tensor, s: Tensor, hint: str,
-                  z_update: str) -> Tensor:
+                  z_update: str, noise: float = 1.0) -> Tensor:
     """z_s (M, d) of positions that stay masked, from z_t, the estimate z0 and noise eps (M, d)."""
     if z_update == "fresh":
-        return eps
-    path = z_t.double(), z0.double(), *latent_schedule(t, hint), *latent_schedule(s, hint)
+        return noise * eps
+    path = (z_t.double(), z0.double(), *latent_schedule(t, hint, noise),
+            *latent_schedule(s, hint, noise))
     if z_update == "ddim":
         return common.ddim(*path).float()
     mean, variance = common.gaussian_posterior(*path)                        # Eq. 16-17
@@ -457,7 +469,7 @@ def bound_weight(t: Tensor, alpha: str, t_min: float) -> Tensor:
 
 
 def prior_bound(model: CADD, draw: Draw, eps: list[Tensor], t_min: float) -> Tensor:
-    """MDM bound (Eq. 2) with z_t ~ N(0, I) drawn afresh, eps K x (B, L, d): (B,).
+    """MDM bound (Eq. 2) with z_t = sigma_1 eps drawn afresh, eps K x (B, L, d): (B,).
 
     E_t E_x_t [ weight sum -log E_z p ]. The hints carry nothing about x_0, so this bounds
     -log p(x_0) of the model that samples with fresh noise (z_update=fresh). p is averaged over the
@@ -465,7 +477,8 @@ def prior_bound(model: CADD, draw: Draw, eps: list[Tensor], t_min: float) -> Ten
     exact one does, has a bad bound. Without hints (eps empty) it is MDLM's.
     """
     z0 = model.w(draw.x0).float()
-    z = [torch.where(draw.masked[..., None], e, z0) for e in eps] or [None]
+    noise = model.cfg.hint_noise
+    z = [torch.where(draw.masked[..., None], noise * e, z0) for e in eps] or [None]
     log_p = torch.stack([-nll_at(model, draw, z_t)[0] for z_t in z])
     nll = -(log_p.logsumexp(0) - math.log(len(z)))
     return draw.per_token(nll) * bound_weight(draw.t, model.cfg.alpha, t_min)
@@ -479,12 +492,12 @@ def joint_bound(model: CADD, draw: Draw, eps: Tensor, t_min: float
     which nobody pays: no bound. The other part is latent_kl_rate times |z_0 - z0hat|^2 per masked
     token; the sum bounds -log p(x_0) of the paper's sampler.
     """
-    z0, hint = model.w(draw.x0).float(), model.cfg.hint
-    z_t = add_noise_to_hints(z0, draw.masked, draw.t, eps, hint)
+    z0, path = model.w(draw.x0).float(), (model.cfg.hint, model.cfg.hint_noise)
+    z_t = add_noise_to_hints(z0, draw.masked, draw.t, eps, *path)
     nll, logits = nll_at(model, draw, z_t)
     discrete = draw.per_token(nll) * bound_weight(draw.t, model.cfg.alpha, t_min)
     gap = (z0[draw.scored] - model.z0_hat(logits, "soft")).double().square().sum(-1)
-    rate = latent_kl_rate(draw.t.double(), hint) * (draw.t > t_min)
+    rate = latent_kl_rate(draw.t.double(), *path) * (draw.t > t_min)
     return discrete + draw.per_token(gap) * rate, discrete
 
 
@@ -750,12 +763,12 @@ def probe(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP, times: np.
         for k, time_k in enumerate(times):
             t = torch.full((len(x0),), time_k, device=x0.device)
             x_t, masked = add_noise(x0, t, u, model.mask_id, cfg.alpha)
-            z_t = add_noise_to_hints(z0, masked, t, eps, cfg.hint)
+            z_t = add_noise_to_hints(z0, masked, t, eps, cfg.hint, cfg.hint_noise)
             point = Draw(x0, t, x_t, masked, masked & not_pad, not_pad.sum(1))
             with common.exact(ddp.device), ddp.autocast():
                 nll[k] += nll_at(model, point, z_t)[0].sum().item()
             count[k] += point.scored.sum().item()
-    signal, sigma = latent_schedule(torch.from_numpy(times), cfg.hint)
+    signal, sigma = latent_schedule(torch.from_numpy(times), cfg.hint, cfg.hint_noise)
     tokens = np.concatenate([b.ids for b in data.eval_batches(cfg.split, 1000, 10_000)])
     return dict(cross_entropy=nll / count, signal=signal, sigma=sigma, tokens=tokens,
                 embeddings=model.embedding_matrix()[:-1].detach().float().cpu())

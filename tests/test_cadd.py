@@ -30,8 +30,8 @@ class Oracle:
 
     V, mask_id = V, V
 
-    def __init__(self, hint="none", embeddings=None, prior=P, alpha="linear"):
-        self.cfg = Config(hint=hint, dim=2, heads=1, alpha=alpha)
+    def __init__(self, hint="none", embeddings=None, prior=P, alpha="linear", noise=1.0):
+        self.cfg = Config(hint=hint, dim=2, heads=1, alpha=alpha, hint_noise=noise)
         self.embeddings = embeddings if embeddings is not None else torch.zeros(V + 1, 2)
         self.prior = prior
 
@@ -48,7 +48,8 @@ class Oracle:
             visible = ~masked[:, i, None]
             log_p += torch.where(visible & (STATES[:, i] != x_t[:, i, None]), -torch.inf, 0.0)
             if self.cfg.hint != "none":
-                a, sigma = (c[:, None].double() for c in cadd.latent_schedule(t, self.cfg.hint))
+                a, sigma = (c[:, None].double() for c in cadd.latent_schedule(
+                    t, self.cfg.hint, self.cfg.hint_noise))
                 gap = z_t[:, i, None] - a[..., None] * self.embeddings[STATES[:, i]].double()
                 log_p += torch.where(visible, 0.0, -0.5 * gap.square().sum(-1) / sigma**2)
         p = log_p.softmax(-1)
@@ -67,8 +68,8 @@ class Oracle:
 class Guess(Oracle):
     """An arbitrary denoiser: fixed random logits for each x_t, shaken by the hint."""
 
-    def __init__(self, hint="none", embeddings=None, seed=0, alpha="linear"):
-        super().__init__(hint, embeddings, alpha=alpha)
+    def __init__(self, hint="none", embeddings=None, seed=0, alpha="linear", noise=1.0):
+        super().__init__(hint, embeddings, alpha=alpha, noise=noise)
         g = torch.Generator().manual_seed(seed)
         self.net = torch.randn((V + 1) ** 2, L, V, generator=g, dtype=torch.float64)
         self.push = torch.randn(2, V, generator=g, dtype=torch.float64)
@@ -196,17 +197,17 @@ def test_marginals_equal_the_simulated_chain(hint, alpha):
     assert abs(z_t[closed].var() - sigma**2) < 5 * sigma**2 * (2 / m).sqrt()
 
 
-@pytest.mark.parametrize("hint", ["fm", "vp"])
-def test_kl_rate_is_the_limit_of_the_posteriors_kl(hint):
+@pytest.mark.parametrize("hint,noise", [("fm", 1.0), ("vp", 1.0), ("fm", 3.0)])
+def test_kl_rate_is_the_limit_of_the_posteriors_kl(hint, noise):
     """Eq. 19 for a short step, from the two posteriors themselves."""
     f64 = lambda v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
     for t, z0, z0_hat in [(0.1, 0.3, 0.2), (0.5, 1.0, -1.0), (0.95, 0.0, 2.0)]:
         dt = 1e-6
-        ab = [*cadd.latent_schedule(f64(t), hint), *cadd.latent_schedule(f64(t - dt), hint)]
+        ab = [c for v in (t, t - dt) for c in cadd.latent_schedule(f64(v), hint, noise)]
         mean, var = common.gaussian_posterior(f64(0.4), f64(z0), *ab)
         mean_hat, _ = common.gaussian_posterior(f64(0.4), f64(z0_hat), *ab)
         rate = (mean - mean_hat) ** 2 / (2 * var) / dt
-        want = cadd.latent_kl_rate(f64(t), hint) * (z0 - z0_hat) ** 2
+        want = cadd.latent_kl_rate(f64(t), hint, noise) * (z0 - z0_hat) ** 2
         assert rate.item() == pytest.approx(want.item(), rel=1e-3)  # error of order dt / t
 
 
@@ -270,6 +271,7 @@ def algorithm_1(model, x0, t, u, eps, not_pad):
         hidden, elbo = ((t[j], 1 / t[j]) if cfg.alpha == "linear"
                         else (angle.sin(), math.pi / 2 * angle.cos() / angle.sin()))
         a, sigma = (1 - t[j], t[j]) if cfg.hint == "fm" else (angle.cos(), angle.sin())
+        sigma = cfg.hint_noise * sigma
         masked = u[j] < hidden
         w_x, z_t = w[torch.where(masked, 5, x0[j])], w[x0[j]].clone()
         z0 = z_t[masked].detach() if cfg.detach_hints else z_t[masked]
@@ -307,14 +309,16 @@ OPTIONS = [
     {"fuse": "concat"}, {"fuse": "reweight"}, {"hint": "vp"}, {"hint_at": "masked"},
     {"embed_norm": 1.0}, {"time_cond": True}, {"mse": "soft"}, {"mse": "hard"},
     {"weight": "none"}, {"mse": "soft", "mse_weight": 3.0}, {"alpha": "cosine"},
-    {"hint_in": "c_in"}, {"hint_in": "mean"}, {"hint_out": True}, {"detach_hints": True}]
+    {"hint_in": "c_in"}, {"hint_in": "mean"}, {"hint_out": True}, {"detach_hints": True},
+    {"hint_noise": 2.0}]
 named = lambda flags: "-".join(map(str, flags.values()))  # noqa: E731
 
 
 @pytest.mark.parametrize("flags", [
     {}, *OPTIONS, {"fuse": "reweight", "alpha": "cosine", "hint": "vp", "hint_at": "masked"},
     {"fuse": "concat", "hint_at": "masked", "mse": "hard", "embed_norm": 0.5},
-    {"hint_in": "mean", "hint_out": True, "embed_norm": 0.5, "hint": "vp"}], ids=named)
+    {"hint_in": "mean", "hint_out": True, "embed_norm": 0.5, "hint": "vp", "hint_noise": 3.0}],
+    ids=named)
 def test_loss_with_hints_follows_algorithm_1(flags):
     """Loss, statistics and every gradient, that through z_0 = w(x_0) included, of every option."""
     model, (x0, t, u, eps, not_pad) = tiny_model(**flags), tiny_batch()
@@ -401,14 +405,17 @@ def chi_square(x, p):
 
 
 @pytest.mark.parametrize("hint,alpha", [
-    ("none", "linear"), ("fm", "linear"), ("vp", "linear"), ("none", "cosine"), ("fm", "cosine")])
+    ("none", "linear"), ("fm", "linear"), ("vp", "linear"), ("none", "cosine"), ("fm", "cosine"),
+    ("fm", "noise")])
 def test_sampler_and_trainer_share_one_clock(hint, alpha):
     """The exact denoiser through the sampler gives the data's distribution.
 
     8 degrees of freedom: 35 is exceeded once in 30,000 times; 200 steps reveal both positions
     at once rarely enough (bias of order 1/200 of the dependence).
     """
-    model = Oracle(hint, EMBEDDINGS, alpha=alpha)
+    noise = alpha == "noise"
+    model = (Oracle(hint, EMBEDDINGS, noise=0.5) if noise
+             else Oracle(hint, EMBEDDINGS, alpha=alpha))
     generator = torch.Generator().manual_seed(1)
     start = torch.full((10_000, L), V)
     *_, x = cadd.sample(model, start, 200, generator=generator)
@@ -586,23 +593,24 @@ def test_the_bound_depends_on_no_schedule(alpha):
     assert abs(gap) < 4 * se and se < 0.03 and ((mean - want).abs() < 5 * error).all()
 
 
-@pytest.mark.parametrize("hint,alpha", [("fm", "linear"), ("vp", "linear"), ("fm", "cosine")])
-def test_joint_bound_of_the_optimal_denoiser_reaches_the_entropy(hint, alpha):
+@pytest.mark.parametrize("hint,alpha,noise", [
+    ("fm", "linear", 1.0), ("vp", "linear", 1.0), ("fm", "cosine", 1.0), ("fm", "linear", 2.0)])
+def test_joint_bound_of_the_optimal_denoiser_reaches_the_entropy(hint, alpha, noise):
     """In continuous time the exact denoiser is the exact reverse process: Eq. 24 is tight.
 
     This fixes latent_kl_rate, the schedules and their weights; the discrete part alone is far
     below.
     """
-    model = Oracle(hint, EMBEDDINGS, alpha=alpha)
+    model = Oracle(hint, EMBEDDINGS, alpha=alpha, noise=noise)
     mean, error = bounds(model, "nll_joint", 20_000, t_min=1e-3)
     gap, se = (P * mean).sum() - ENTROPY, (P * error).square().sum().sqrt()
     assert abs(gap) < 4 * se and se < 0.05
     leaky, _ = bounds(model, "nll_discrete", 4000)
-    assert (P * leaky).sum() < ENTROPY - 0.3
-    assert (-leaky).exp().sum() > 1.3                                  # no bound: more than 1
+    assert (P * leaky).sum() < ENTROPY - 0.3 / noise
+    assert (-leaky).exp().sum() > 1.3 - 0.1 * (noise > 1)              # no bound: more than 1
     # Valid, but of another model: the exact denoiser trusts noise that it takes for a hint.
     fresh, _ = bounds(model, "nll_prior", 4000)
-    assert (P * fresh).sum() > ENTROPY + 1
+    assert (P * fresh).sum() > ENTROPY + 1 / noise
 
 
 @pytest.mark.parametrize("hint,alpha", [("fm", "linear"), ("vp", "linear"), ("fm", "cosine")])
@@ -712,7 +720,7 @@ def test_the_chain_ends_where_training_data_say(monkeypatch):
 
 
 def test_paper_is_the_papers_letter():
-    ours = dict(hint_in="mean", hint_out=True, time_cond=True, embed_norm=0.1)
+    ours = dict(hint_in="mean", hint_out=True, hint_noise=2.0, time_cond=True, embed_norm=0.1)
     assert Config(paper=True, **ours) == Config(paper=True)
     assert Config(**ours).hint_in == "mean"
 
