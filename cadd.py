@@ -731,7 +731,8 @@ def draw(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP, trained: bo
 
     with common.exact(ddp.device), ddp.autocast():
         ids = common.draw_in_batches(cfg.samples, cfg.sample_batch, cfg.sample_steps, sampler)
-    common.show_texts(ids, data, cfg.out)
+    chains = 1 if cfg.hint == "none" else cfg.K
+    common.show_texts(ids, data, cfg, chains * cfg.sample_steps)
     return {}
 
 

@@ -860,7 +860,8 @@ def draw(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP, trained: boo
     """Text: print samples, which samples.jsonl gets too; translations: print; images: samples.npz
     and samples.png, of a model just trained on classes at guidance 0, 1 and 2, with grades."""
     if cfg.task == "text":
-        common.show_texts(draw_samples(model, cfg, data, ddp, 0.0)[0], data, cfg.out)
+        x, _ = draw_samples(model, cfg, data, ddp, 0.0)
+        common.show_texts(x, data, cfg, cfg.sample_steps + 1)
         return {}
     if cfg.task == "pairs":
         for row in translate(model, sources_of(cfg, data), data, cfg, ddp):

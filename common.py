@@ -1380,10 +1380,12 @@ def draw_in_batches(n: int, at_once: int, calls: int, sampler: Callable[[int, in
     return torch.cat(found)
 
 
-def show_texts(ids: Tensor, data: Any, out: str) -> None:
-    """Print samples (n, L) as text; samples.jsonl in the run folder gets them too."""
-    rows = [dict(text=data.decode(row), ids=row) for row in ids.tolist()]
-    write_jsonl(Path(out) / "samples.jsonl", rows)
+def show_texts(ids: Tensor, data: Any, cfg: Any, nfe: int) -> None:
+    """Print samples (n, L) as text; samples.jsonl in the run folder gets them too, with how they
+    were drawn: `nfe` network calls each."""
+    how = dict(nfe=nfe) | {k: getattr(cfg, k) for k in ("top_p", "temperature") if hasattr(cfg, k)}
+    rows = [dict(text=data.decode(row), ids=row, **how) for row in ids.tolist()]
+    write_jsonl(Path(cfg.out) / "samples.jsonl", rows)
     for row in rows:
         print(f"\n--- sample\n{row['text']}")
 

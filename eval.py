@@ -16,6 +16,11 @@ the row "data" gives the same metrics of real text, the value to aim at.
     bound figures   bits per character, or nats per token and perplexity; ± one standard error
                     over sequences x draws. `(no bound)` marks figures below which -log p may lie.
     entropy         nats: entropy of the token frequencies within a sample, mean over samples
+    distinct-n      share of distinct n-grams of words among all of all samples: it falls with
+                    their number, so compare equal numbers
+    generative perplexity   with --judge MODEL: exp of the mean -log p of the samples' tokens by a
+                    causal model, in its own tokens (corpus-level; beside it the mean of samples')
+    nfe, top_p, temperature  how samples were drawn, by network calls per sample; in float64
     spelled         share of whole words (a sample's first and last, cut at its edges, left out)
                     that occur in the training text
     parses          share of samples whose whole lines parse as Python, after removing the
@@ -101,6 +106,14 @@ def entropy(samples: Iterable[Sequence[int]]) -> float:
     return mean(histogram_entropy(n / n.sum()) for n in counts)
 
 
+def distinct(texts: Iterable[str], n: int) -> float | None:
+    """Share of distinct n-grams of words among all in texts (Li et al. 2016); of a source's
+    candidates, n = 4, DiffuSeq's div-4. None if there is none."""
+    words = (text.split() for text in texts)
+    found = Counter(gram for w in words for gram in zip(*(w[i:] for i in range(n))))
+    return len(found) / found.total() if found else None
+
+
 def spelled(texts: Iterable[str], vocabulary: set[str]) -> float | None:
     """Share of whole words found in `vocabulary`, None if no sample has one.
 
@@ -125,11 +138,95 @@ def parses(texts: Iterable[str]) -> float:
         return mean(map(good, texts))
 
 
-def sample_columns(rows: list[dict], data: Sequences) -> dict[str, str]:
-    """The metrics that make sense for `data`, as columns; rows have "text" and perhaps "ids"."""
+def needed(module: str, install: str) -> ModuleType:
+    """An optional package. Raises RunError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise RunError(f"{module} is not installed: pip install {install}") from None
+
+
+class Judge:
+    """A causal model that scores texts: a Hugging Face model by its name or folder, or a run of
+    results/ar_baseline.py, our own yardstick. Raises RunError."""
+
+    def __init__(self, name: str, device: str = "auto"):
+        self.name, out = name, Path(name)
+        if (out / "checkpoint.pt").exists():
+            script = script_of(out)
+            if not hasattr(script, "log_likelihood"):
+                raise RunError(f"--judge {name} was made by {script.__name__}.py: give a run of "
+                               "results/ar_baseline.py, or a Hugging Face model")
+            flags = ["--mode", "sample", "--device", device]
+            cfg, self.ddp, self.model, data, step = common.open_run(script, name, flags)
+            if data.pad_id is not None or data.bos_id is not None:
+                raise RunError(f"--judge {name} learned pairs or special tokens: it cannot judge "
+                               "plain text")
+            self.name = f"own {out.name}, {step:,} steps"
+            self.encode, self.nll = data.encode, lambda ids: self.model(ids)[1]
+            self.vocab_size, self.length, self.given = data.vocab_size, cfg.length, 0
+            return
+        hub = needed("transformers", "transformers")
+        try:
+            tokenizer = hub.AutoTokenizer.from_pretrained(name)
+            self.model = hub.AutoModelForCausalLM.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise RunError(f"--judge {name}: no run of results/ar_baseline.py and no Hugging Face "
+                           f"model that can be loaded ({str(error).splitlines()[0]})") from error
+        self.ddp = common.DDP.start(common.RunConfig(device=device))
+        self.model = self.model.float().to(self.ddp.device).eval()
+        config = self.model.config
+        self.vocab_size = config.vocab_size
+        self.length = getattr(config, "max_position_embeddings", 1024)
+        self.given = 1  # nothing says how likely a first token is
+        self.encode = lambda text: tokenizer(text, verbose=False)["input_ids"]
+        self.nll = lambda ids: F.cross_entropy(
+            self.model(ids).logits[:, :-1].mT.float(), ids[:, 1:], reduction="none")
+
+    @torch.no_grad()
+    def perplexities(self, texts: Sequence[str], batch: int = 8) -> tuple[float, np.ndarray]:
+        """exp of the mean -log p of all texts' tokens, and of each text's (n,), in the judge's own
+        tokens. What exceeds the judge's context is judged in parts; a text without a scored token
+        is nan. Raises RunError for ids that the judge does not know."""
+        parts = []
+        for i, ids in enumerate(map(self.encode, texts)):
+            if len(ids) and max(ids) >= self.vocab_size:
+                raise RunError(f"--judge {self.name}: id {max(ids)} is beyond its vocabulary of "
+                               f"{self.vocab_size}: its tokenizer belongs to another model")
+            parts += [(i, torch.as_tensor(ids[k:k + self.length]).long())
+                      for k in range(0, len(ids), self.length)]
+        parts.sort(key=lambda part: len(part[1]))
+        sums, counts = np.zeros((2, len(texts)))
+        for begin in common.progress(range(0, len(parts), batch), "judge"):
+            some = parts[begin:begin + batch]
+            ids = nn.utils.rnn.pad_sequence([x for _, x in some], batch_first=True)
+            with common.exact(self.ddp.device):  # what pads the end changes nothing before it
+                found = self.nll(self.ddp.put(ids)).double().cpu()
+            for (i, x), terms in zip(some, found):
+                n = len(x) - self.given
+                sums[i] += terms[:n].sum().item()
+                counts[i] += n
+        if not counts.sum():
+            raise RunError(f"--judge {self.name}: the samples have no token that it can score")
+        each = np.full(len(texts), math.nan)
+        each[counts > 0] = np.exp(sums[counts > 0] / counts[counts > 0])
+        return math.exp(sums.sum() / counts.sum()), each
+
+
+def sample_columns(rows: list[dict], data: Sequences, judge: Judge | None = None) -> dict[str, str]:
+    """The metrics that make sense for `data`, as columns; rows have "text" and perhaps "ids", and
+    how they were drawn."""
     texts = [row["text"] for row in rows]
     ids = [row["ids"] if "ids" in row else data.encode(row["text"]) for row in rows]
-    columns = {"samples": str(len(rows)), "entropy, nats": f"{entropy(ids):.4f}"}
+    columns = {"samples": str(len(rows))}
+    columns |= {k: f"{rows[0][k]:g}" for k in ("nfe", "top_p", "temperature") if k in rows[0]}
+    columns["entropy, nats"] = f"{entropy(ids):.4f}"
+    columns |= {f"distinct-{n}": f"{share:.1%}" for n in (1, 2, 3)
+                if (share := distinct(texts, n)) is not None}
+    if judge:
+        corpus, each = judge.perplexities(texts)
+        columns[f"generative perplexity by {judge.name}"] = (
+            f"{corpus:.2f} (mean of samples' {np.nanmean(each):.2f})")
     if data.unit == "char" and (share := spelled(texts, words(data))) is not None:
         columns["spelled"] = f"{share:.1%}"
     if data.name == "pycode":
@@ -241,10 +338,6 @@ def rouge(hypothesis: str, reference: str) -> tuple[float, float, float]:
         [*hits, common_subsequence(a, b)], [both, both - 2, both]))
 
 
-def diversity(candidates: Sequence[str]) -> float | None:
-    """div-4: the share of distinct 4-grams among all in one source's candidates (DiffuSeq)."""
-    found = sum((ngrams(tuple(text.split()))[3] for text in candidates), Counter())
-    return len(found) / found.total() if found else None
 
 
 def bertscore(rows: list[dict]) -> dict[str, dict]:
@@ -282,7 +375,7 @@ def translation_figures(rows: list[dict], extra: Sequence[str] = ()) -> dict[str
     means = np.mean([rouge(row["text"], row["reference"]) for row in rows], 0)
     figures |= {f"rouge{name}": dict(value=100 * float(value), unit="F1")
                 for name, value in zip("12L", means)}
-    values = [diversity(row["candidates"]) for row in rows if len(row.get("candidates", ())) > 1]
+    values = [distinct(row["candidates"], 4) for row in rows if len(row.get("candidates", ())) > 1]
     if values := [value for value in values if value is not None]:
         figures["div4"] = dict(value=mean(values), unit="per source")
     for name in extra:
@@ -818,6 +911,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("paths", nargs="+", help="run folders, or files of samples")
     parser.add_argument("--dataset", help="whose words to compare with, for files of samples")
     parser.add_argument("--metrics", nargs="+", default=[], choices=EXTRA, help="also these")
+    parser.add_argument("--judge", nargs="?", const="gpt2-large", metavar="MODEL", help="also "
+                        "generative perplexity by this Hugging Face model or folder, or a run of "
+                        "results/ar_baseline.py (without a name: gpt2-large)")
     parser.add_argument("--eval_draws", type=int, help="draws per sequence (default: the run's)")
     args = parser.parse_args(argv)
     flags = ["--data_dir", args.data_dir, "--device", args.device]
@@ -825,6 +921,7 @@ def main(argv: list[str] | None = None) -> None:
         flags += ["--eval_draws", str(args.eval_draws)]
 
     rows, sets, toys, pictures = [], {}, {}, {}
+    judge = args.judge and Judge(args.judge, args.device)
     for name in args.paths:
         path, row, dataset, length = Path(name), {"run": name}, args.dataset, None
         if not path.exists():
@@ -844,7 +941,7 @@ def main(argv: list[str] | None = None) -> None:
         if samples.exists():
             if (dataset, length) not in sets:
                 sets[dataset, length] = load_dataset(dataset, args.data_dir, length)
-            row |= sample_columns(read_samples(samples), sets[dataset, length])
+            row |= sample_columns(read_samples(samples), sets[dataset, length], judge)
         if (path / "histograms.npz").exists():
             with np.load(path / "histograms.npz") as file:
                 own = {int(T): file[T].astype(np.float64) for T in file.files}
@@ -854,7 +951,7 @@ def main(argv: list[str] | None = None) -> None:
     for (dataset, _), data in sets.items():
         real = [dict(text=data.decode(ids), ids=ids)
                 for batch in data.eval_batches(args.split, 64, limit=256) for ids in batch.ids]
-        rows.append({"run": f"data: {dataset}/{args.split}"} | sample_columns(real, data))
+        rows.append({"run": f"data: {dataset}/{args.split}"} | sample_columns(real, data, judge))
     for dataset, toy in toys.items():
         rows += [{"run": f"{row}: {dataset}"} | toy_columns(values) for row, values in toy.items()]
     print(table(rows))

@@ -741,7 +741,8 @@ def draw(model: VADD, cfg: Config, data: Sequences, ddp: common.DDP, trained: bo
     """Print cfg.samples texts, or how far a toy's points are from the training points, after
     training for the paper's numbers of steps; files in the run folder get them."""
     if data.unit != "bin":
-        common.show_texts(draw_ids(model, cfg, data.length, cfg.sample_steps, ddp), data, cfg.out)
+        ids = draw_ids(model, cfg, data.length, cfg.sample_steps, ddp)
+        common.show_texts(ids, data, cfg, cfg.sample_steps)
         return {}
     steps = TOY_STEPS if trained else (cfg.sample_steps,)
     own = {T: histogram(draw_ids(model, cfg, data.length, T, ddp).numpy()) for T in steps}

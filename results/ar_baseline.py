@@ -245,7 +245,7 @@ def draw(model: Predictor, cfg: Config, data: Sequences | PairData, ddp: common.
         with ddp.autocast():
             ids = common.draw_in_batches(cfg.samples, cfg.sample_batch, cfg.length,
                                          lambda begin, end: sample(model, end - begin))
-        common.show_texts(ids, data, cfg.out)
+        common.show_texts(ids, data, cfg, cfg.length)
     return {}
 
 

@@ -34,6 +34,106 @@ def test_no_samples_no_figures():
             metric([])
 
 
+@pytest.fixture()
+def gpt2(tmp_path):
+    """A folder with a tiny GPT-2 of random weights, whose context is 4 tokens, and its tokenizer:
+    words to numbers, 9 for unknown ones."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {w: i for i, w in enumerate("the cat sat on a mat dog ran x ?".split())}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    torch.manual_seed(0)
+    folder = tmp_path / "gpt2"
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=10, n_positions=4, n_embd=8, n_layer=1, n_head=1, initializer_range=1.0,
+        bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    return folder
+
+
+def by_hand(w, ids):
+    """-log p (n - 1,) of a one-layer, one-head GPT-2 with weights w, by the formulas of its
+    paper."""
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w["h.0." + name + ".weight"] + w["h.0." + name + ".bias"]
+    w = {k.removeprefix("transformer."): v.double() for k, v in w.items()}
+    h = w["wte.weight"][ids] + w["wpe.weight"][:len(ids)]
+    q, k, v = linear(norm(h, "h.0.ln_1"), "attn.c_attn").chunk(3, -1)
+    scores = q @ k.T / q.shape[-1]**0.5
+    scores = scores.masked_fill(torch.ones(len(ids), len(ids)).triu(1) > 0, -math.inf)
+    h = h + linear(scores.softmax(-1) @ v, "attn.c_proj")
+    u = linear(norm(h, "h.0.ln_2"), "mlp.c_fc")
+    u = 0.5 * u * (1 + (math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)).tanh())
+    log_p = (norm(h + linear(u, "mlp.c_proj"), "ln_f") @ w["wte.weight"].T).log_softmax(-1)
+    return [-log_p[i, y].item() for i, y in enumerate(ids[1:])]
+
+
+def test_generative_perplexity_by_hand(gpt2):
+    """Two texts of unlike length, and one longer than the context, whose parts are judged alone."""
+    from safetensors.torch import load_file
+    w = load_file(gpt2 / "model.safetensors")
+    several = [[0, 1, 2], [6, 7, 3, 0], [4, 5, 2, 3, 9, 1], [1]]
+    words = "the cat sat on a mat dog ran x unheard".split()
+    terms = [sum((by_hand(w, part) for part in (ids[:4], ids[4:]) if part), [])
+             for ids in several[:3]]
+    judge = metrics.Judge(str(gpt2), "cpu")
+    corpus, each = judge.perplexities([" ".join(words[i] for i in ids) for ids in several], 2)
+    assert corpus == pytest.approx(math.exp(np.mean(sum(terms, []))), rel=1e-5)  # float32
+    assert each[:3] == pytest.approx([math.exp(np.mean(t)) for t in terms], rel=1e-5)
+    assert math.isnan(each[3])                        # its only token follows nothing
+    for p in judge.model.parameters():
+        p.data.zero_()
+    assert judge.perplexities(["the cat"])[0] == pytest.approx(10)  # uniform: V
+    with pytest.raises(RunError, match="no token that it can score"):
+        judge.perplexities(["the"])
+    judge.vocab_size = 9
+    with pytest.raises(RunError, match="id 9 is beyond its vocabulary of 9: its tokenizer"):
+        judge.perplexities(["the unheard"])
+
+
+def test_judges_that_cannot_be_had(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    with pytest.raises(RunError, match="no run of results/ar_baseline.py and no Hugging Face"):
+        metrics.Judge(str(tmp_path), "cpu")
+    with pytest.raises(RunError, match="made by cadd.py: give a run of results/ar_baseline.py"):
+        metrics.Judge(str(made_run(tmp_path / "a", "cadd")), "cpu")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(RunError, match="pip install transformers"):
+        metrics.Judge(str(tmp_path), "cpu")
+
+
+def test_our_own_judge_and_how_samples_were_drawn(tmp_path, monkeypatch, capsys):
+    """A run of ar_baseline.py judges by its exact likelihood; before its first step it is uniform.
+    Samples say how they were drawn."""
+    import ar_baseline
+    flags = ["--dataset", "pydoc", "--data_dir", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(ar_baseline, "evaluate", lambda *_: {})
+    common.main(ar_baseline, [*flags, *"--length 8 --dim 16 --heads 2 --depth 1 --steps 3 --lr .01 "
+                              "--batch_size 4 --micro_batch 4 --warmup 1 --samples 2 --top_p .9 "
+                              "--temperature .5".split(), "--out", str(tmp_path / "ar")])
+    judge = metrics.Judge(str(tmp_path / "ar"), "cpu")
+    text = "the cat sat"                              # 11 characters: 8 and 3
+    ids = torch.from_numpy(judge.encode(text))
+    log_p = [ar_baseline.log_likelihood(judge.model, x[None]).item() for x in (ids[:8], ids[8:])]
+    assert judge.perplexities([text])[0] == pytest.approx(math.exp(-sum(log_p) / 11), rel=1e-5)
+    judge.model.out.weight.data.zero_(), judge.model.out.bias.data.zero_()
+    assert judge.perplexities(["ab", "c"])[0] == pytest.approx(27)
+    with pytest.raises(ValueError, match="vocabulary"):
+        judge.perplexities(["é"])
+    capsys.readouterr()
+    metrics.main([str(tmp_path / "ar" / "samples.jsonl"), *flags, "--judge", str(tmp_path / "ar")])
+    _, rows = table_of(capsys.readouterr().out)
+    drawn = rows[str(tmp_path / "ar" / "samples.jsonl")]
+    assert [drawn[k] for k in ("samples", "nfe", "top_p", "temperature")] == ["2", "8", "0.9", "0.5"]
+    assert float(drawn["generative perplexity by own ar, 3 steps"].split()[0]) > 1
+
+
 # ------------------------------------------------------------------------- translations
 
 
@@ -113,10 +213,12 @@ def test_common_subsequence_by_enumeration():
         assert metrics.common_subsequence(a, b) == max(map(len, set.intersection(*subsequences)))
 
 
-def test_diversity_counts_distinct_four_grams():
-    assert metrics.diversity(["a b c d e", "a b c d f"]) == 3 / 4
-    assert metrics.diversity(["a b c d"] * 5) == 1 / 5
-    assert metrics.diversity(["a b c", "d"]) is None
+def test_distinct_counts_different_ngrams():
+    assert metrics.distinct(["a b c d e", "a b c d f"], 4) == 3 / 4
+    assert metrics.distinct(["a b c d"] * 5, 4) == 1 / 5
+    assert metrics.distinct(["a b a", "b a"], 1) == 2 / 5  # nothing runs across two texts
+    assert metrics.distinct(["a b a", "b a"], 2) == 2 / 3
+    assert metrics.distinct(["a b c", "d"], 4) is None
 
 
 ROWS = [dict(source="x", text="a b c d e", reference="a b c d e",
@@ -326,7 +428,7 @@ def test_runs_and_their_samples_make_one_table(tmp_path, scored, capsys):
                   "--eval_draws", "7"])
     names, rows = table_of(capsys.readouterr().out)
     assert names == ["run", "method", "data", "steps", "nll, nats", "other, %", "samples",
-                     "entropy, nats", "spelled"]
+                     "entropy, nats", "distinct-1", "distinct-2", "distinct-3", "spelled"]
     row = rows[str(a)]
     assert list(row.values())[1:6] == ["cadd-x", "pydoc/test", "12,345",
                                        "1.5000 ± 0.2500 (ppl 4.50)", "2.0000 (no bound)"]
