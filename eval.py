@@ -34,10 +34,11 @@ the row "data" gives the same metrics of real text, the value to aim at.
                     compares runs on one set only, and equal numbers of samples
     exact           translations: percentage equal to their reference, character by character
     bleu            corpus BLEU-4 in percent of lower-cased text, tokenised as mteval-v13a does
-    sacrebleu       the same as sacrebleu reports it by default, if that package is installed
-    rouge1, 2, L    mean F1 of ROUGE in percent, lower-cased, not stemmed
     div4            distinct 4-grams over all in the candidates of a source, mean over sources
-    bertscore, comet  with --metrics: they load large models of other packages
+    --metrics sacrebleu     with signature and 95% bootstrap interval: cased, lower-cased, and
+                    "tokenised": of texts as they stand
+    --metrics rouge         mean F1 of ROUGE-1, -2, -L in percent, lower-cased, not stemmed
+    --metrics bertscore comet   of other packages, with large models
 
 `collapse` asks what became of the embeddings that CATDM, CADD and Difformer learn:
 
@@ -68,7 +69,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import sys
 import textwrap
 import warnings
@@ -308,44 +308,34 @@ def score_translations(rows: Sequence[dict]) -> dict[str, dict]:
 
 
 def sacrebleu(rows: list[dict]) -> dict[str, dict]:
-    """sacreBLEU's default figure with its signature, if the package is installed."""
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError:
-        return {}
-    metric = BLEU()
-    score = metric.corpus_score([r["text"] for r in rows], [[r["reference"] for r in rows]]).score
-    return {"sacrebleu": dict(value=score, unit=str(metric.get_signature()))}
+    """sacreBLEU in percent, with its signature and the 95% interval of its bootstrap (1000 draws,
+    seed 12345): by default (cased, 13a), in lower case, and of texts as they stand, which for
+    tokenised ones is tokenised BLEU (Difformer's Table 3). Raises RunError without the package."""
+    package, found = needed("sacrebleu.metrics", "sacrebleu"), {}
+    for name, options in (("", {}), ("_lc", dict(lowercase=True)),
+                          ("_tokenised", dict(tokenize="none", force=True))):
+        metric = package.BLEU(**options)
+        score = metric.corpus_score([r["text"] for r in rows], [[r["reference"] for r in rows]],
+                                    n_bootstrap=1000)
+        signature = str(metric.get_signature())
+        interval = json.loads(score.format(4, is_json=True, signature=signature))
+        found["sacrebleu" + name] = dict(value=score.score, unit=signature.replace("|", " "),
+                                         ci95=interval.get("confidence_var", 0.0))
+    return found
 
 
-def common_subsequence(a: Sequence, b: Sequence) -> int:
-    """Length of the longest sequence of words that both have in this order."""
-    best = [0] * (len(b) + 1)
-    for x in a:
-        above = 0  # best[j] of the row before
-        for j, y in enumerate(b, 1):
-            above, best[j] = best[j], above + 1 if x == y else max(best[j], best[j - 1])
-    return best[-1]
-
-
-def rouge(hypothesis: str, reference: str) -> tuple[float, float, float]:
-    """F-measures of ROUGE-1, -2, -L (Lin 2004) in [0, 1]; words are runs of letters and digits in
-    lower case, not stemmed."""
-    a, b = (tuple(re.findall(r"\w+", text.lower())) for text in (hypothesis, reference))
-    hits = [(x & y).total() for x, y in zip(ngrams(a)[:2], ngrams(b)[:2])]
-    both = len(a) + len(b)  # words; each side has one pair fewer
-    return tuple(2 * h / total if h else 0.0 for h, total in zip(
-        [*hits, common_subsequence(a, b)], [both, both - 2, both]))
-
-
+def rouge(rows: list[dict]) -> dict[str, dict]:
+    """Mean F1 of ROUGE-1, -2, -L (Lin 2004) in percent. Raises RunError without the package."""
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = needed("rouge_score.rouge_scorer", "rouge-score").RougeScorer(names)
+    scores = [scorer.score(row["reference"], row["text"]) for row in rows]
+    return {name: dict(value=100 * mean(score[name].fmeasure for score in scores), unit="F1")
+            for name in names}
 
 
 def bertscore(rows: list[dict]) -> dict[str, dict]:
     """Mean F1 with DiffuSeq's model, in percent. Raises RunError without the package."""
-    try:
-        from bert_score import score
-    except ImportError:
-        raise RunError("BERTScore needs a package: pip install bert-score") from None
+    score = needed("bert_score", "bert-score").score
     model = "microsoft/deberta-xlarge-mnli"
     _, _, f1 = score([r["text"] for r in rows], [r["reference"] for r in rows], model_type=model)
     return {"bertscore": dict(value=100 * float(f1.mean()), unit=f"F1, {model}")}
@@ -353,28 +343,22 @@ def bertscore(rows: list[dict]) -> dict[str, dict]:
 
 def comet(rows: list[dict]) -> dict[str, dict]:
     """COMET's mean of the model named. Raises RunError without the package or the sources."""
-    try:
-        from comet import download_model, load_from_checkpoint
-    except ImportError:
-        raise RunError("COMET needs a package: pip install unbabel-comet") from None
+    package = needed("comet", "unbabel-comet")
     name = "Unbabel/wmt22-comet-da"
     if any("source" not in row for row in rows):
         raise RunError('COMET needs each translation\'s "source"')
     triples = [dict(src=r["source"], mt=r["text"], ref=r["reference"]) for r in rows]
-    found = load_from_checkpoint(download_model(name)).predict(
+    found = package.load_from_checkpoint(package.download_model(name)).predict(
         triples, batch_size=64, gpus=int(torch.cuda.is_available()))
     return {"comet": dict(value=float(found.system_score), unit=name)}
 
 
-EXTRA = {"bertscore": bertscore, "comet": comet}  # need large models
+EXTRA = {f.__name__: f for f in (sacrebleu, rouge, bertscore, comet)}  # what other packages compute
 
 
 def translation_figures(rows: list[dict], extra: Sequence[str] = ()) -> dict[str, dict]:
     """All figures of {"text", "reference"[, "source", "candidates"]} rows."""
-    figures = score_translations(rows) | sacrebleu(rows)
-    means = np.mean([rouge(row["text"], row["reference"]) for row in rows], 0)
-    figures |= {f"rouge{name}": dict(value=100 * float(value), unit="F1")
-                for name, value in zip("12L", means)}
+    figures = score_translations(rows)
     values = [distinct(row["candidates"], 4) for row in rows if len(row.get("candidates", ())) > 1]
     if values := [value for value in values if value is not None]:
         figures["div4"] = dict(value=mean(values), unit="per source")
@@ -829,6 +813,7 @@ def figure_columns(figures: dict[str, dict]) -> dict[str, str]:
     row = {}
     for figure, f in figures.items():
         text = f"{f['value']:.4f}" + (f" ± {f['stderr']:.4f}" if "stderr" in f else "")
+        text += f" ± {f['ci95']:.2f} (95%)" if "ci95" in f else ""
         text += f" (ppl {f['perplexity']:.2f})" if "perplexity" in f else ""
         row[f"{figure}, {f['unit']}"] = text + ("" if f.get("is_bound", True) else " (no bound)")
     return row
