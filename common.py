@@ -1240,10 +1240,16 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
 
 def check_same_data(state: dict, data: Any, cfg: RunConfig) -> None:
     """Refuse data whose vocabulary is not the one in a checkpoint's tokenizer dictionary, or whose
-    training split is another (which old checkpoints do not say, and sampling does not read)."""
+    training split is another (which old checkpoints do not say, and sampling does not read). A set
+    of another name, as eval.py may ask for, needs the same vocabulary alone."""
     mine, kept = data.tokenizer(), state["tokenizer"]
-    other = any(mine[k] != kept[k] for k in ("vocab", "pixels") if k in mine and k in kept)
-    if other or "data" in state and cfg.mode != "sample" and state["data"] != data.fingerprint():
+    keys = ("codec", "vocab_size", "vocab", "pixels", "bos_id", "eos_id", "pad_id")
+    other = any(mine[k] != kept[k] for k in keys if k in mine and k in kept)
+    if cfg.dataset != state["config"]["dataset"]:
+        if other:
+            raise RunError(f"{cfg.dataset} has another vocabulary than the data that {cfg.out} "
+                           "learned from: choose a set with the same")
+    elif other or "data" in state and cfg.mode != "sample" and state["data"] != data.fingerprint():
         raise RunError(f"the data of {cfg.dataset} are not those that {cfg.out} learned from: "
                        "restore them, or choose another --out")
 
@@ -1426,11 +1432,12 @@ def sole_training(cfg: RunConfig, ddp: DDP) -> Iterator[None]:
         yield
 
 
-def open_run(script: ModuleType, out: str, flags: list[str]
+def open_run(script: ModuleType, out: str, flags: list[str], dataset: str | None = None
              ) -> tuple[Any, DDP, nn.Module, Any, int]:
     """A trained run for eval.py: its config with `flags`, processes, model with the averaged
-    weights, data, step."""
+    weights, data (of another set of the same vocabulary, if it is named), step."""
     cfg = parse_config(script, ["--mode", "eval", "--out", out, *flags])
+    cfg = dataclasses.replace(cfg, dataset=dataset or cfg.dataset)
     ddp = DDP.start(cfg)
     return cfg, ddp, *_load_trained(script, cfg, ddp)
 
@@ -1445,11 +1452,11 @@ def _load_trained(script: ModuleType, cfg: RunConfig, ddp: DDP) -> tuple[nn.Modu
     return model.eval(), data, state["step"]
 
 
-def score(script: ModuleType, out: str, flags: list[str]) -> dict:
+def score(script: ModuleType, out: str, flags: list[str], dataset: str | None = None) -> dict:
     """Figures of a run folder: what eval.py asks for. On the full split, unless the script says
-    that this is too much (SCORE_FLAGS)."""
+    that this is too much (SCORE_FLAGS). See `open_run`."""
     asked = getattr(script, "SCORE_FLAGS", ["--eval_sequences", "0"])
-    cfg, ddp, model, data, step = open_run(script, out, [*asked, *flags])
+    cfg, ddp, model, data, step = open_run(script, out, [*asked, *flags], dataset)
     return dict(method=script.name_of(cfg), dataset=cfg.dataset, split=cfg.split, step=step,
                 length=data.length, figures=script.evaluate(model, cfg, data, ddp))
 

@@ -64,8 +64,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
@@ -213,9 +216,33 @@ class Judge:
         return math.exp(sums.sum() / counts.sum()), each
 
 
-def sample_columns(rows: list[dict], data: Sequences, judge: Judge | None = None) -> dict[str, str]:
+MAUVE_BUCKETS = 500
+
+
+def mauve(**sets: Sequence) -> float:
+    """MAUVE (Pillutla et al. 2021) of p_text, real, and q_text, or of p_features and q_features
+    (n, d), as in MDLM's line of papers: GPT-2 large's features of up to 1,024 tokens, scale 5, 500
+    buckets. Raises RunError without the package, or for too few."""
+    package = needed("mauve", "mauve-text")
+    if (n := min(map(len, sets.values()))) < MAUVE_BUCKETS:
+        raise RunError(f"MAUVE has {MAUVE_BUCKETS} buckets, and there are {n} samples or real "
+                       "texts: draw more with --samples (the papers: 5000)")
+    return float(package.compute_mauve(
+        **sets, featurize_model_name="gpt2-large", max_text_length=1024, mauve_scaling_factor=5,
+        num_buckets=MAUVE_BUCKETS, device_id=0 if torch.cuda.is_available() else -1, seed=0,
+        verbose=False).mauve)
+
+
+def real_texts(data: Sequences, split: str, n: int) -> list[dict]:
+    """Up to n sequences of a split, spread evenly, as rows of samples."""
+    return [dict(text=data.decode(ids), ids=ids)
+            for batch in data.eval_batches(split, 64, limit=n) for ids in batch.ids]
+
+
+def sample_columns(rows: list[dict], data: Sequences, judge: Judge | None = None,
+                   mauve_split: str | None = None) -> dict[str, str]:
     """The metrics that make sense for `data`, as columns; rows have "text" and perhaps "ids", and
-    how they were drawn."""
+    how they were drawn. MAUVE compares with as many sequences of `mauve_split`."""
     texts = [row["text"] for row in rows]
     ids = [row["ids"] if "ids" in row else data.encode(row["text"]) for row in rows]
     columns = {"samples": str(len(rows))}
@@ -227,6 +254,9 @@ def sample_columns(rows: list[dict], data: Sequences, judge: Judge | None = None
         corpus, each = judge.perplexities(texts)
         columns[f"generative perplexity by {judge.name}"] = (
             f"{corpus:.2f} (mean of samples' {np.nanmean(each):.2f})")
+    if mauve_split:
+        real = [row["text"] for row in real_texts(data, mauve_split, len(rows))]
+        columns["MAUVE"] = f"{mauve(p_text=real, q_text=texts):.3f}"
     if data.unit == "char" and (share := spelled(texts, words(data))) is not None:
         columns["spelled"] = f"{share:.1%}"
     if data.name == "pycode":
@@ -789,23 +819,51 @@ def script_of(out: Path) -> ModuleType:
     raise RunError(f"{out} was made by {method}.py, and there is no such script here")
 
 
-def score_run(out: Path, split: str, flags: list[str], extra: list[str]) -> dict:
-    """A run folder's figures on the full split, from eval-SPLIT.json if that is up to date."""
-    script, kept = script_of(out), out / f"eval-{split}.json"
+def score_run(out: Path, split: str, flags: list[str], extra: list[str],
+              dataset: str | None = None) -> dict:
+    """A run folder's figures on the full split (of another set, if it is named), from
+    eval-SPLIT[-SET].json if that is up to date. Ranks share the work, the first one writes."""
+    script = script_of(out)
+    kept = out / f"eval-{split}{f'-{Path(dataset).name}' if dataset else ''}.json"
     if "--eval_draws" in flags and not hasattr(script.Config, "eval_draws"):
         raise RunError(f"{out} was made by {script.__name__}.py, which draws nothing for its "
                        "figures: drop --eval_draws")
-    stamp = {"mtime_ns": (out / "checkpoint.pt").stat().st_mtime_ns, "flags": [*flags, *extra]}
+    stamp = {"mtime_ns": (out / "checkpoint.pt").stat().st_mtime_ns, "flags": [*flags, *extra], "dataset": dataset}
     if kept.exists():
         result = json.loads(kept.read_text())
         if result.pop("of") == stamp:
             return result
-    result = common.score(script, str(out), ["--split", split, *flags])
+    result = common.score(script, str(out), ["--split", split, *flags], dataset)
+    if rank() > 0:
+        return result
     if "bleu" in result["figures"]:
         rows = read_samples(out / f"translations-{split}.jsonl")
         result["figures"] |= translation_figures(rows, extra)
     common.write_json(kept, {"of": stamp, **result})
     return result
+
+
+def drawn_in(out: Path, steps: Sequence[int], flags: list[str]) -> Iterable[tuple[int, Path]]:
+    """Draw a text run's samples in each number of steps, on the first rank; yields the number and
+    RUN/steps-T/samples.jsonl. Raises RunError for what is no text or is not drawn in steps."""
+    script = script_of(out)
+    if not hasattr(script.Config, "sample_steps"):
+        raise RunError(f"{out} was made by {script.__name__}.py, which has no --sample_steps: "
+                       "drop --steps")
+    cfg, ddp, model, data, _ = common.open_run(script, str(out), ["--mode", "sample", *flags])
+    if not isinstance(data, Sequences) or data.unit == "bin" or data.shape:
+        raise RunError(f"{out} draws no texts: drop --steps")
+    for T in steps if ddp.is_main else ():
+        folder = out / f"steps-{T}"
+        folder.mkdir(exist_ok=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # the texts
+            script.draw(model, dataclasses.replace(cfg, sample_steps=T, out=str(folder)), data, ddp)
+        yield T, folder / "samples.jsonl"
+
+
+def rank() -> int:
+    """Of torchrun; 0 without."""
+    return int(os.environ.get("RANK", 0))
 
 
 def figure_columns(figures: dict[str, dict]) -> dict[str, str]:
@@ -884,6 +942,14 @@ def collapse_main(argv: list[str]) -> None:
             print(path)
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """"8,16" -> (8, 16)."""
+    found = tuple(map(int, text.split(",")))
+    if min(found) < 1:
+        raise ValueError
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["collapse"]:
@@ -894,8 +960,14 @@ def main(argv: list[str] | None = None) -> None:
                            formatter_class=argparse.RawDescriptionHelpFormatter,
                            description=__doc__)
     parser.add_argument("paths", nargs="+", help="run folders, or files of samples")
-    parser.add_argument("--dataset", help="whose words to compare with, for files of samples")
-    parser.add_argument("--metrics", nargs="+", default=[], choices=EXTRA, help="also these")
+    parser.add_argument("--dataset", help="another set, of the same vocabulary, to score runs on; "
+                        "for files of samples whose words to compare with")
+    parser.add_argument("--metrics", nargs="+", default=[], choices=[*EXTRA, "mauve"],
+                        help="also these")
+    parser.add_argument("--steps", type=numbers, metavar="8,16,...", default=(), help="draw and "
+                        "score texts in each of these numbers of steps; steps.png has the curves")
+    for name, kind in (("samples", int), ("top_p", float), ("temperature", float)):
+        parser.add_argument(f"--{name}", type=kind, help="with --steps (default: the run's)")
     parser.add_argument("--judge", nargs="?", const="gpt2-large", metavar="MODEL", help="also "
                         "generative perplexity by this Hugging Face model or folder, or a run of "
                         "results/ar_baseline.py (without a name: gpt2-large)")
@@ -906,7 +978,19 @@ def main(argv: list[str] | None = None) -> None:
         flags += ["--eval_draws", str(args.eval_draws)]
 
     rows, sets, toys, pictures = [], {}, {}, {}
-    judge = args.judge and Judge(args.judge, args.device)
+
+    def columns_of(file: Path, dataset: str, length: int | None) -> dict[str, str]:
+        if (dataset, length) not in sets:
+            sets[dataset, length] = load_dataset(dataset, args.data_dir, length)
+        return sample_columns(read_samples(file), sets[dataset, length], **scoring)
+
+    drawing = [word for name in ("samples", "top_p", "temperature")
+               if (value := getattr(args, name)) is not None for word in (f"--{name}", str(value))]
+    if drawing and not args.steps:
+        raise RunError(f"{drawing[0]} says how --steps draws: give --steps too")
+    scoring = dict(judge=args.judge and Judge(args.judge, args.device),
+                   mauve_split=args.split if "mauve" in args.metrics else None)
+    extra, curves = [name for name in args.metrics if name in EXTRA], {}
     for name in args.paths:
         path, row, dataset, length = Path(name), {"run": name}, args.dataset, None
         if not path.exists():
@@ -914,32 +998,45 @@ def main(argv: list[str] | None = None) -> None:
         samples = path / "samples.jsonl" if path.is_dir() else path
         rows.append(row)
         if path.is_dir():
-            result = score_run(path, args.split, flags, args.metrics)
+            result = score_run(path, args.split, flags, extra, args.dataset)
             dataset, length = result["dataset"], result["length"]
             row |= {"method": result["method"], "data": f"{dataset}/{result['split']}",
                     "steps": f"{result['step']:,}"} | figure_columns(result["figures"])
+        elif rank() > 0:
+            continue
         elif '"reference":' in path.open().readline():
-            row |= figure_columns(translation_figures(read_samples(path), args.metrics))
+            row |= figure_columns(translation_figures(read_samples(path), extra))
             continue
         elif not dataset:
             raise RunError(f"{name}: say --dataset, whose text the words are compared with")
-        if samples.exists():
-            if (dataset, length) not in sets:
-                sets[dataset, length] = load_dataset(dataset, args.data_dir, length)
-            row |= sample_columns(read_samples(samples), sets[dataset, length], judge)
-        if (path / "histograms.npz").exists():
+        if samples.exists() and not args.steps and not rank():
+            row |= columns_of(samples, dataset, length)
+        for T, file in drawn_in(path, args.steps, [*flags[:4], *drawing]) if args.steps else ():
+            columns = columns_of(file, dataset, length)
+            rows.append({"run": f"{name}, {T} steps"} | columns)
+            for metric in columns.keys() - {"samples", "nfe", "top_p", "temperature"}:
+                points = curves.setdefault(metric, {}).setdefault(name, ([], []))
+                points[0].append(float(columns["nfe"]))
+                points[1].append(float(columns[metric].split()[0].rstrip("%")))
+        if not rank() and (path / "histograms.npz").exists():
             with np.load(path / "histograms.npz") as file:
                 own = {int(T): file[T].astype(np.float64) for T in file.files}
             toys[dataset], shown = toy_rows(load_dataset(dataset), own, name, TOY_POINTS)
             row |= toy_columns(toys[dataset].pop(name))
             pictures.setdefault(dataset, [path, *shown[:2]]).append(shown[2])
+    if rank() > 0:
+        return
     for (dataset, _), data in sets.items():
-        real = [dict(text=data.decode(ids), ids=ids)
-                for batch in data.eval_batches(args.split, 64, limit=256) for ids in batch.ids]
-        rows.append({"run": f"data: {dataset}/{args.split}"} | sample_columns(real, data, judge))
+        columns = sample_columns(real_texts(data, args.split, 256), data, scoring["judge"])
+        rows.append({"run": f"data: {dataset}/{args.split}"} | columns)
     for dataset, toy in toys.items():
         rows += [{"run": f"{row}: {dataset}"} | toy_columns(values) for row, values in toy.items()]
     print(table(rows))
+    if curves and matplotlib_found():
+        panels = [(lines, dict(title=metric, xlabel="network calls per sample", xscale="log"))
+                  for metric, lines in sorted(curves.items())]
+        draw_lines(Path(args.paths[0]) / "steps.png", panels, args.paths)
+        print(Path(args.paths[0]) / "steps.png")
     for dataset, (folder, *histograms) in pictures.items():
         save_histograms(folder / "side-by-side.png", [histograms])
         print(f"{folder / 'side-by-side.png'}: {dataset}, MDLM at best, then the runs above")

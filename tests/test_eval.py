@@ -96,6 +96,29 @@ def test_generative_perplexity_by_hand(gpt2):
         judge.perplexities(["the unheard"])
 
 
+def test_mauve_asks_the_package_for_the_papers_protocol(monkeypatch):
+    asked = {}
+    monkeypatch.setitem(sys.modules, "mauve", types.SimpleNamespace(compute_mauve=lambda **given: (
+        asked.update(given), types.SimpleNamespace(mauve=0.25))[1]))
+    real, texts = [["a"] * 500, ["b"] * 500]
+    assert metrics.mauve(p_text=real, q_text=texts) == 0.25
+    assert asked["p_text"] is real and asked["q_text"] is texts
+    assert (asked["featurize_model_name"], asked["mauve_scaling_factor"], asked["num_buckets"],
+            asked["max_text_length"]) == ("gpt2-large", 5, 500, 1024)
+    with pytest.raises(RunError, match="500 buckets, and there are 499 samples or real texts"):
+        metrics.mauve(p_text=real, q_text=texts[1:])
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    with pytest.raises(RunError, match="pip install mauve-text"):
+        metrics.mauve(p_text=real, q_text=texts)
+
+
+def test_mauve_of_equal_and_of_disjoint_features():
+    pytest.importorskip("mauve")
+    a = np.random.default_rng(0).standard_normal((600, 4))
+    assert metrics.mauve(p_features=a, q_features=a) == pytest.approx(1, abs=0.01)
+    assert metrics.mauve(p_features=a, q_features=a + 100) < 0.02
+
+
 def test_judges_that_cannot_be_had(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     with pytest.raises(RunError, match="no run of results/ar_baseline.py and no Hugging Face"):
@@ -129,7 +152,8 @@ def test_our_own_judge_and_how_samples_were_drawn(tmp_path, monkeypatch, capsys)
     metrics.main([str(tmp_path / "ar" / "samples.jsonl"), *flags, "--judge", str(tmp_path / "ar")])
     _, rows = table_of(capsys.readouterr().out)
     drawn = rows[str(tmp_path / "ar" / "samples.jsonl")]
-    assert [drawn[k] for k in ("samples", "nfe", "top_p", "temperature")] == ["2", "8", "0.9", "0.5"]
+    how = [drawn[k] for k in ("samples", "nfe", "top_p", "temperature")]
+    assert how == ["2", "8", "0.9", "0.5"]
     assert float(drawn["generative perplexity by own ar, 3 steps"].split()[0]) > 1
 
 
@@ -391,7 +415,7 @@ def scored(monkeypatch):
     """Stands in for common.score: [(script's name, folder, flags)], asked so far."""
     asked = []
 
-    def score(script, out, flags):
+    def score(script, out, flags, dataset=None):
         asked.append((script.__name__, out, flags))
         name = "checkerboard" if script.__name__ == "vadd" else "pydoc"
         return dict(method=f"{script.__name__}-x", dataset=name, split=flags[1], step=12345,
@@ -460,7 +484,7 @@ def test_figures_are_kept_until_the_checkpoint_or_the_question_changes(tmp_path,
 def test_translations_of_a_run_get_all_figures(tmp_path, monkeypatch, capsys):
     run = made_run(tmp_path / "a", "difformer")
     (run / "translations-valid.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
-    monkeypatch.setattr(common, "score", lambda script, out, flags: dict(
+    monkeypatch.setattr(common, "score", lambda script, out, flags, dataset=None: dict(
         method="d", dataset="numbers", split="valid", step=1, length=None,
         figures={"bleu": dict(value=0.0, unit="lower case, 13a")}))
     metrics.main([str(run)])

@@ -4,6 +4,7 @@ The same tests for all of RUNS (conftest.py); what is one script's alone is at t
 """
 
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -1095,8 +1096,95 @@ def test_eval_scores_runs_and_samples_in_one_table(run, data_dir, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) >= 6 and "nll_joint, bits/char" in lines[0] and "entropy, nats" in lines[0]
     assert "(no bound)" in lines[2] and "mdlm" in lines[3] and lines[5].startswith("| data: pydoc")
-    kept = json.loads((a / "eval-valid.json").read_text())
+    kept = json.loads((a / "eval-valid-pydoc.json").read_text())
     assert kept["figures"]["nll_joint"]["draws"] > 8  # the full split, not --eval_sequences
+
+
+@pytest.fixture()
+def scored(trained, tmp_path, data_dir, capsys):
+    """scored(name, *flags) -> what eval.py prints of a copy of a run: {run: {column: cell}}."""
+    def go(name, *flags):
+        if not (tmp_path / name).exists():
+            shutil.copytree(trained(name), tmp_path / name)
+        capsys.readouterr()
+        metrics.main([str(tmp_path / name), "--device", "cpu", "--data_dir", data_dir, *flags])
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]]
+                 for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        return {line[0].rsplit("/")[-1]: dict(zip(lines[0], line)) for line in lines[2:]}
+    return go
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "vadd-informed"])
+def test_eval_gives_the_same_table_twice(scored, name, tmp_path, monkeypatch):
+    """Of a run of each script; few sequences stand for the full split."""
+    evaluate = script_of(name).evaluate
+    monkeypatch.setattr(metrics.TokenClassifier, "steps", 5)
+    monkeypatch.setattr(script_of(name), "evaluate", lambda model, cfg, data, ddp: evaluate(
+        model, dataclasses.replace(cfg, eval_sequences=3), data, ddp))
+    tables = [scored(name)]
+    for kept in (tmp_path / name).glob("eval-*.json"):
+        kept.unlink()
+    tables.append(scored(name))
+    for table in tables:
+        assert len(table[name]) > 4
+        table[name].pop("speed, sentences/s", None)
+    assert tables[0] == tables[1]
+
+
+def test_eval_draws_a_sweep_of_steps(scored, tmp_path):
+    """As --mode sample does at each number of steps; the samples of the run stay as they are."""
+    flags = ["--steps", "1,3", "--samples", "4", "--top_p", "0.5", "--split", "valid"]
+    rows = scored("cadd", *flags)
+    assert rows["cadd, 1 steps"]["nfe"] == "1" and rows["cadd, 3 steps"]["nfe"] == "3"
+    assert rows["cadd, 3 steps"]["top_p"] == "0.5" and rows["cadd, 3 steps"]["samples"] == "4"
+    assert rows["cadd, 1 steps"]["entropy, nats"] != rows["cadd, 3 steps"]["entropy, nats"]
+    assert not (tmp_path / "cadd" / "samples.jsonl").exists()
+    assert scored("cadd", *flags) == rows
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "cadd" / "steps.png").exists()
+    common.main(cadd, ["--mode", "sample", "--out", str(tmp_path / "cadd"), "--device", "cpu",
+                       "--sample_steps", "3", "--samples", "4", "--top_p", "0.5"])
+    drawn, alone = ((tmp_path / "cadd" / f / "samples.jsonl").read_text() for f in ("steps-3", ""))
+    assert drawn == alone
+    for name, message in (("difformer", "difformer.py, which has no --sample_steps: drop --steps"),
+                          ("vadd-toy", "draws no texts: drop --steps")):
+        with pytest.raises(RunError, match=message):
+            scored(name, "--steps", "1")
+    with pytest.raises(RunError, match="--samples says how --steps draws: give --steps too"):
+        scored("cadd", "--samples", "4")
+
+
+def test_eval_scores_a_run_on_another_set(scored, monkeypatch, tmp_path, data_dir):
+    """Of the same vocabulary: its figures are those of evaluate on that set."""
+    def recipe(characters):
+        texts = dict.fromkeys(("train", "valid", "test"), "a set of other words " * 20)
+        return data_module.Recipe("stream", lambda b: data_module.write_characters(
+            b, texts, characters), len(characters), 16, "char")
+    letters = data_module.load_dataset("pydoc", data_dir).codec.vocab
+    monkeypatch.setitem(data_module.DATASETS, "other", recipe(letters))
+    monkeypatch.setitem(data_module.DATASETS, "worse", recipe(letters[::-1]))
+    row = scored("cadd", "--dataset", "other")["cadd"]
+    assert row["data"] == "other/valid" and (tmp_path / "cadd/eval-valid-other.json").exists()
+    own = scored("cadd")["cadd"]
+    assert own["data"] == "pydoc/valid"
+    assert own["nll_joint, bits/char"] != row["nll_joint, bits/char"]
+    kept = json.loads((tmp_path / "cadd/eval-valid-other.json").read_text())
+    assert kept["figures"]["nll_joint"]["draws"] == 420 // 16
+    with pytest.raises(RunError, match="worse has another vocabulary than .*: choose a set with"):
+        scored("cadd", "--dataset", "worse")
+
+
+def test_eval_on_two_ranks_prints_and_writes_once(trained, tmp_path, data_dir):
+    """More ranks than samples, too: the figures are those of one rank, but for rounding."""
+    run = shutil.copytree(trained("cadd-mdlm"), tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
+         str(29500 + os.getpid() % 1000), str(ROOT / "eval.py"), str(run), "--device", "cpu",
+         "--data_dir", data_dir, "--steps", "2", "--samples", "1"],
+        capture_output=True, text=True, timeout=240, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| run |") == 1 and done.stdout.count("| nll_prior") == 1
+    assert done.stdout.count(f"| {run}, 2 steps |") == 1
 
 
 # ------------------------------------------------------------------------- catdm.py alone
