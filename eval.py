@@ -2,6 +2,9 @@
 
     python eval.py runs/cadd-pydoc runs/mdlm-pydoc         score checkpoints and their samples
     python eval.py runs/cadd-text8 --split test            on another split
+    python eval.py runs/cadd-text8 --dataset english27     on another set of the same vocabulary
+    python eval.py runs/cadd-owt --steps 32,128,1024 --samples 256 --judge --metrics mauve
+                                                           draw and score a sweep, by GPT-2 large
     python eval.py samples.jsonl --dataset english27       a file of samples alone
     python eval.py translations.jsonl --metrics comet      translations with references
     python eval.py curves runs/cadd-pydoc runs/mdlm-pydoc  loss and bounds over training steps
@@ -10,21 +13,27 @@
 A run folder is scored on the full split (VADD: on as many sequences as the run's --eval_sequences,
 its figures cost many network calls) with a fixed seed and the averaged (EMA) weights; the
 figures are kept in eval-SPLIT.json beside the checkpoint and computed anew when it changes. Sample
-metrics read samples.jsonl (draw more with --mode sample --samples 256 in the method's script), and
-the row "data" gives the same metrics of real text, the value to aim at.
+metrics read samples.jsonl (draw more with --mode sample --samples 256 in the method's script, or
+with --steps), and the row "data" gives the same metrics of real text, the value to aim at.
 
-    bound figures   bits per character, or nats per token and perplexity; ± one standard error
-                    over sequences x draws. `(no bound)` marks figures below which -log p may lie.
-    entropy         nats: entropy of the token frequencies within a sample, mean over samples
-    distinct-n      share of distinct n-grams of words among all of all samples: it falls with
-                    their number, so compare equal numbers
-    generative perplexity   with --judge MODEL: exp of the mean -log p of the samples' tokens by a
-                    causal model, in its own tokens (corpus-level; beside it the mean of samples')
-    nfe, top_p, temperature  how samples were drawn, by network calls per sample; in float64
-    spelled         share of whole words (a sample's first and last, cut at its edges, left out)
-                    that occur in the training text
-    parses          share of samples whose whole lines parse as Python, after removing the
-                    indentation they share (pycode)
+    bound figures   bits per character, or nats per token and perplexity, of the full --split
+                    (README), weighted by tokens; ± one standard error over sequences x draws.
+                    `(no bound)` marks figures below which -log p may lie, "given the padding" those
+                    that do not pay for it. --dataset OTHER: zero-shot, on a set of the same
+                    vocabulary
+    nfe, top_p, temperature  how samples were drawn, by network calls each; always in float64
+    entropy         nats: entropy of the token frequencies within a sample, mean over samples (MDLM)
+    distinct-n      % of distinct n-grams of words among all of all samples (Li et al. 2016): it
+                    falls with their number, so compare equal numbers
+    generative perplexity   --judge MODEL: exp of the mean -log p of all samples' tokens by a causal
+                    model, in its own tokens (beside it the mean of samples' perplexities); (SSD-LM,
+                    MDLM). A run of results/ar_baseline.py judges offline: for our comparisons alone
+    MAUVE           --metrics mauve: 0 to 1, samples against as many texts of --split, GPT-2 large's
+                    features, scale 5, 500 buckets (Pillutla et al. 2021)
+    spelled         % of whole words (a sample's first and last, cut at its edges, left out) that
+                    occur in the training text (ours)
+    parses          % of samples whose whole lines parse as Python, after removing the
+                    indentation they share (pycode; ours)
     jeffreys_1e-6   toys: half the sum of both KL divergences in nats between the histograms of
                     100,000 samples and of the training points, 1e-6 added inside the logarithm:
                     what VADD's Table 1 calls JS. js is the Jensen-Shannon divergence in nats. Row
@@ -33,12 +42,14 @@ the row "data" gives the same metrics of real text, the value to aim at.
     frechet         FID with that network's 64 features, samples against the valid split: it
                     compares runs on one set only, and equal numbers of samples
     exact           translations: percentage equal to their reference, character by character
-    bleu            corpus BLEU-4 in percent of lower-cased text, tokenised as mteval-v13a does
-    div4            distinct 4-grams over all in the candidates of a source, mean over sources
-    --metrics sacrebleu     with signature and 95% bootstrap interval: cased, lower-cased, and
-                    "tokenised": of texts as they stand
-    --metrics rouge         mean F1 of ROUGE-1, -2, -L in percent, lower-cased, not stemmed
-    --metrics bertscore comet   of other packages, with large models
+    bleu            corpus BLEU-4 in percent of --split, lower-cased, tokenised as mteval-v13a does
+                    (Papineni et al. 2002)
+    div4            share of distinct 4-grams among all of a source's candidates, mean (DiffuSeq)
+    sacrebleu       --metrics sacrebleu: BLEU in percent with signature and 95% bootstrap interval:
+                    cased, lower-cased, "tokenised" (of texts as they stand) (Post 2018)
+    rouge1, 2, L    --metrics rouge: mean F1 in percent, lower-cased, not stemmed (Lin 2004)
+    bertscore       --metrics bertscore: mean F1 in percent, deberta-xlarge-mnli (Zhang et al. 2020)
+    comet           --metrics comet: mean of wmt22-comet-da (Rei et al. 2022)
 
 `collapse` asks what became of the embeddings that CATDM, CADD and Difformer learn:
 
@@ -786,14 +797,21 @@ def read_curves(out: Path) -> dict[str, dict[int, float]]:
 
 
 def read_samples(path: Path) -> list[dict]:
-    """samples.jsonl ({"text", "ids"} a line) or plain text, one sample a line."""
+    """samples.jsonl ({"text", "ids"} a line) or plain text, one sample a line. Raises RunError."""
+    rows = []
     try:
-        lines = [line for line in path.read_text().split("\n") if line.strip()]
-        rows = [json.loads(line) if path.suffix == ".jsonl" else {"text": line} for line in lines]
+        for number, line in enumerate(path.read_text().split("\n"), 1):
+            if line.strip():
+                row = json.loads(line) if path.suffix == ".jsonl" else {"text": line}
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise RunError(f'{path}, line {number}, is no sample: it needs {{"text": ...}}')
+                rows.append(row)
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path}, line {number}, is broken ({error}): mend or remove it") from error
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read samples from {path}: {error}") from error
-    if not rows or any("text" not in row for row in rows):
-        raise RunError(f'{path} holds no samples: each line needs {{"text": ...}}')
+    if not rows:
+        raise RunError(f"{path} is empty: it holds no samples")
     return rows
 
 
@@ -828,7 +846,8 @@ def score_run(out: Path, split: str, flags: list[str], extra: list[str],
     if "--eval_draws" in flags and not hasattr(script.Config, "eval_draws"):
         raise RunError(f"{out} was made by {script.__name__}.py, which draws nothing for its "
                        "figures: drop --eval_draws")
-    stamp = {"mtime_ns": (out / "checkpoint.pt").stat().st_mtime_ns, "flags": [*flags, *extra], "dataset": dataset}
+    stamp = {"mtime_ns": (out / "checkpoint.pt").stat().st_mtime_ns, "flags": [*flags, *extra],
+             "dataset": dataset}
     if kept.exists():
         result = json.loads(kept.read_text())
         if result.pop("of") == stamp:
@@ -998,6 +1017,8 @@ def main(argv: list[str] | None = None) -> None:
         samples = path / "samples.jsonl" if path.is_dir() else path
         rows.append(row)
         if path.is_dir():
+            if args.steps:  # a mistake there should not cost the scoring
+                common.parse_config(script_of(path), ["--mode", "sample", "--out", name, *drawing])
             result = score_run(path, args.split, flags, extra, args.dataset)
             dataset, length = result["dataset"], result["length"]
             row |= {"method": result["method"], "data": f"{dataset}/{result['split']}",

@@ -517,11 +517,16 @@ def test_eval_errors(tmp_path):
     file.write_text("{broken\n")
     with pytest.raises(RunError, match="say --dataset"):
         metrics.main([str(file)])
-    with pytest.raises(RunError, match="cannot read samples"):
-        metrics.main([str(file), "--dataset", "pydoc"])
-    file.write_text('{"ids": [1]}\n')
-    with pytest.raises(RunError, match="holds no samples"):
-        metrics.main([str(file), "--dataset", "pydoc", "--data_dir", str(tmp_path)])
+    flags = [str(file), "--dataset", "pydoc", "--data_dir", str(tmp_path)]
+    for content, message in (('{"text": "a"}\n{broken\n', "line 2, is broken .* mend or remove it"),
+                             ('{"ids": [1]}\n', "line 1, is no sample"), ("5\n", "line 1, is no s"),
+                             ('{"text": 5}\n', "line 1, is no s"), ("\n", "is empty: it holds no")):
+        file.write_text(content)
+        with pytest.raises(RunError, match=message):
+            metrics.main(flags)
+    file.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="decode"):
+        metrics.main(flags)
     run = made_run(tmp_path / "a", "os")              # a module, but no script of ours
     with pytest.raises(RunError, match="a was made by os.py, and there is no such script here"):
         metrics.main([str(run)])

@@ -889,12 +889,28 @@ def test_a_run_outlives_its_readers_and_an_ascii_terminal(tmp_path, data_dir, mo
     assert b" ? " in ascii_only[0].buffer.getvalue()
 
 
-@pytest.mark.parametrize("flags", ["--eval_draws 0", "--lr 3"])
+@pytest.mark.parametrize("flags", ["--eval_draws 0", "--lr 3", "--metrics blue", "--steps 8,0",
+                                   "--steps x", "--steps 2 --top_p 7"])
 def test_eval_refuses_flags_in_its_own_name(capsys, trained, data_dir, flags):
     code, _, errors = command(capsys, "eval.py", trained("cadd"), "--data_dir", data_dir,
                               *flags.split())
-    assert code == 2 and errors.startswith("eval.py: error: ") and flags.split()[0] in errors
+    assert code == 2 and errors.startswith("eval.py: error: ") and flags.split()[-2] in errors
     assert errors.count("\n") == 1
+
+
+def test_eval_fails_in_one_line(capsys, tmp_path, trained, data_dir):
+    """Exit code 1 where a file or a folder is not what is needed."""
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text('{"text"\n')
+    (tmp_path / "few.jsonl").write_text('{"text": "a few words"}\n')
+    flags = ["--dataset", "pydoc", "--data_dir", data_dir]
+    failed(capsys, "is empty", "eval.py", tmp_path / "empty.jsonl", *flags)
+    failed(capsys, "line 1, is broken", "eval.py", tmp_path / "broken.jsonl", *flags)
+    failed(capsys, "has no checkpoint.pt", "eval.py", tmp_path)
+    few = tmp_path / "few.jsonl", *flags
+    failed(capsys, "made by cadd.py: give a run of", "eval.py", *few, "--judge", trained("cadd"))
+    if importlib.util.find_spec("mauve") is None:
+        failed(capsys, "pip install mauve-text", "eval.py", *few, "--metrics", "mauve")
 
 
 def test_no_home_is_needed(monkeypatch, tmp_path, data_dir):
