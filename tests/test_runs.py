@@ -1191,7 +1191,7 @@ def test_eval_scores_a_run_on_another_set(scored, monkeypatch, tmp_path, data_di
 
 
 def test_eval_on_two_ranks_prints_and_writes_once(trained, tmp_path, data_dir):
-    """More ranks than samples, too: the figures are those of one rank, but for rounding."""
+    """More ranks than samples, too."""
     run = shutil.copytree(trained("cadd-mdlm"), tmp_path / "run")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
