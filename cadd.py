@@ -83,6 +83,10 @@ class Config(common.MaskedConfig):
     z_update: str = free("posterior", "of hints that stay masked: posterior (Eq. 17), ddim (no "
                          "noise), fresh (new noise; the model that nll_prior scores)",
                          choices=("posterior", "ddim", "fresh"), group="sampling")
+    order: str = free("random", "what a step reveals: random = a coin flip each; confidence, "
+                      "entropy = the schedule's number, those of the likeliest best token or least "
+                      "entropy; first-hitting = one per call, whatever --sample_steps", group=
+                      "sampling", choices=("random", "confidence", "entropy", "first-hitting"))
     K: int = free(1, "latent chains whose predictions are averaged (Eq. 5): K times the network "
                   "calls", 1, 1000, group="sampling")
     prompt: str = free("", "fill in the gaps of this text, a _ for each token to be found",
@@ -132,11 +136,17 @@ PRESETS: dict[str, dict] = {
 def schedule(t: Tensor, alpha: str) -> tuple[Tensor, Tensor]:
     """1 - alpha_t, the share of hidden tokens, and its slope -alpha'_t (Eq. 1), of t's shape.
 
-    Nothing else knows the formula. 1 - alpha_t is given, since alpha_t loses digits near t = 0.
+    Only this and its inverse know the formula. 1 - alpha_t is given, since alpha_t loses digits
+    near t = 0.
     """
     if alpha == "cosine":
         return torch.sin(math.pi / 2 * t), math.pi / 2 * torch.cos(math.pi / 2 * t)
     return t, torch.ones_like(t)
+
+
+def time_of(hidden: Tensor, alpha: str) -> Tensor:
+    """The time t at which a share `hidden` of the tokens is: schedule's inverse."""
+    return 2 / math.pi * torch.asin(hidden) if alpha == "cosine" else hidden
 
 
 def loss_weight(t: Tensor, alpha: str) -> Tensor:
@@ -375,13 +385,16 @@ class CADD(nn.Module):
 @torch.no_grad()
 def sample(
     model: CADD, x: Tensor, steps: int, *, temperature: float = 1.0, top_p: float = 1.0,
-    z0_hat: str = "soft", z_update: str = "posterior", K: int = 1,
+    z0_hat: str = "soft", z_update: str = "posterior", K: int = 1, order: str = "random",
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """Algorithm 2: yields x_t (B, L) after each step; the last one has no [MASK].
 
     x (B, L): mask_id where a token is to be found, anything else is kept. `steps` times K network
     calls. Draws in float64. See Config for the options.
+
+    order first-hitting (Zheng et al. 2024) is the limit of many steps without the calls that reveal
+    nothing: as many steps as gaps, at exact times. Its tokens are exact, hints still take steps.
     """
     cfg, (B, L) = model.cfg, x.shape
     noise = dict(device=x.device, generator=generator)
@@ -391,6 +404,11 @@ def sample(
         z = [torch.where((x == model.mask_id)[..., None], cfg.hint_noise * torch.randn(
             B, L, w.shape[1], **noise), w[x]) for _ in range(K)]
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=x.device)
+    gaps = (x == model.mask_id).sum(1)                                             # (B,)
+    if order == "first-hitting":  # i is revealed at the time when a share hit[i] is hidden
+        hit = torch.rand(B, L, dtype=torch.float64, **noise) * (x == model.mask_id)
+        hits = hit.sort(1, descending=True).values[:, :max(1, gaps.max())]
+        times = torch.cat([torch.ones_like(hits[:, :1]), time_of(hits, cfg.alpha)], 1).T  # (, B)
     for t, s in zip(times[:-1], times[1:]):
         masked = x == model.mask_id
         if not masked.any():
@@ -400,18 +418,35 @@ def sample(
         logits = [model.logits(model.features(x, z_k, masked, t_b)[masked]) for z_k in z]  # (M, V)
         log_p = mean_over_chains(logits)
         # First whether a token is revealed, then which.
-        u = torch.rand(B, L, dtype=torch.float64, **noise)[masked]
-        reveal = u < flip_probability(t, s, cfg.alpha)
+        if order == "random":
+            u = torch.rand(B, L, dtype=torch.float64, **noise)[masked]
+            reveal = u < flip_probability(t, s, cfg.alpha)
+        elif order == "first-hitting":
+            row = masked.nonzero()[:, 0]
+            reveal = hit[masked] == (hit * masked).amax(1)[row]
+            t, s = t[row, None], s[row, None]
+        else:
+            stay = (gaps * schedule(s, cfg.alpha)[0]).round()
+            reveal = surest(log_p, masked, masked.sum(1) - stay, order)
         u = torch.rand(reveal.shape, dtype=torch.float64, **noise)
         token = common.sample_categorical(log_p, temperature, top_p, u)
         x = x.masked_scatter(masked, torch.where(reveal, token, model.mask_id))
-        for k, z_k in enumerate(z if cfg.hint != "none" and s > 0 else []):
+        for k, z_k in enumerate(z if cfg.hint != "none" and s.any() else []):
             z0 = model.z0_hat(log_p if z0_hat == "hard" else logits[k], z0_hat)
             eps = torch.randn(z0.shape, **noise)
             z_s = denoise_hints(z_k[masked], z0, eps, t, s, cfg.hint, z_update, cfg.hint_noise)
             z_s = torch.where(reveal[:, None], w[token], z_s)
             z[k] = z_k.masked_scatter(masked[..., None], z_s)
         yield x
+
+
+def surest(log_p: Tensor, masked: Tensor, n: Tensor, order: str) -> Tensor:
+    """Which (M,) of the positions masked (B, L), whose tokens have log_p (M, V), are the n (B,) of
+    each sequence with the most probable best token (confidence) or the least entropy."""
+    score = log_p.amax(-1) if order == "confidence" else -torch.special.entr(log_p.exp()).sum(-1)
+    rows = torch.full(masked.shape, -torch.inf, dtype=score.dtype, device=score.device)
+    rank = rows.masked_scatter(masked, score).argsort(dim=1, descending=True).argsort(1)
+    return (rank < n[:, None])[masked]
 
 
 def mean_over_chains(logits: list[Tensor]) -> Tensor:
@@ -725,7 +760,7 @@ def draw(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP, trained: bo
         cfg.watch and watch(x, data)
         for x_t in sample(model, x.expand(end - begin, -1), cfg.sample_steps,
                           temperature=cfg.temperature, top_p=cfg.top_p, z0_hat=cfg.z0_hat,
-                          z_update=cfg.z_update, K=cfg.K, generator=generator):
+                          z_update=cfg.z_update, K=cfg.K, order=cfg.order, generator=generator):
             cfg.watch and watch(x_t[0], data)
             yield x_t
 

@@ -458,6 +458,81 @@ def test_reveal_counts_follow_the_schedule(alpha):
         assert abs(share - want) < 5 * math.sqrt(0.25 / (2 * n)), k
 
 
+@pytest.mark.parametrize("alpha", HIDDEN)
+@pytest.mark.parametrize("order", ["first-hitting", "confidence", "entropy"])
+def test_one_token_per_call_has_the_datas_distribution(order, alpha):
+    """Whichever position is chosen by what is visible, the exact denoiser draws from the data:
+    two calls a sample; 8 degrees of freedom, as above. The first hit of two is at a hidden share
+    max(u_1, u_2): mean 2/3, variance 1/18; 5 standard errors."""
+    model, seen, n = Oracle(alpha=alpha), [], 10_000
+    features = model.features
+    model.features = lambda x, z, m, t: seen.append(t) or features(x, z, m, t)
+    states = list(cadd.sample(model, torch.full((n, L), V), 2, order=order,
+                              generator=torch.Generator().manual_seed(1)))
+    assert [(x == V).sum(1).unique().tolist() for x in states] == [[1], [0]] and len(seen) == 2
+    assert chi_square(states[-1], P) < 35 and (seen[0] == 1).all()
+    if order == "first-hitting":
+        first = (states[0] == V).double().mean(0)[0]
+        assert abs(first - 1 / 2) < 5 * 0.5 / n**0.5
+        assert abs(HIDDEN[alpha](seen[1]).mean() - 2 / 3) < 5 / (18 * n) ** 0.5
+
+
+@pytest.mark.parametrize("alpha", HIDDEN)
+@pytest.mark.parametrize("order", ["first-hitting", "confidence", "entropy"])
+@pytest.mark.parametrize("hint", ["fm", "none"])
+def test_orders_follow_the_schedule_and_keep_what_is_given(order, alpha, hint):
+    """6 and 2 gaps of 8 positions: after call k of 3 the schedule's share of them is left, or one
+    less per call; given tokens stay."""
+    model = tiny_model(hint=hint, alpha=alpha)
+    x = torch.tensor([[5, 1, 5, 5, 5, 0, 5, 5], [2, 1, 3, 5, 4, 0, 5, 0]])
+    states = list(cadd.sample(model, x, 3, order=order, K=2,
+                              generator=torch.Generator().manual_seed(0)))
+    gaps = torch.tensor([6, 2])
+    want = [gaps * HIDDEN[alpha](torch.tensor(1 - k / 3)) for k in (1, 2, 3)]
+    if order == "first-hitting":
+        want = [(gaps - k).clamp_min(0) for k in range(1, 7)]
+    assert [(s == 5).sum(1).tolist() for s in states] == [w.round().int().tolist() for w in want]
+    assert all(torch.equal(s[x != 5], x[x != 5]) for s in states)
+
+
+@pytest.mark.parametrize("order, second_first", [("confidence", 1), ("entropy", 0)])
+def test_confidence_is_the_best_token_and_entropy_the_whole_distribution(order, second_first):
+    """(.5, .5, 0) has less entropy than (.2, .6, .2), whose best token is likelier."""
+    model = Oracle()
+    log_p = torch.tensor([[0.5, 0.5, 0], [0.2, 0.6, 0.2]], dtype=torch.float64).log()
+    model.features = lambda x, z, m, t: log_p.expand(len(x), -1, -1)
+    first, _ = cadd.sample(model, torch.full((50, L), V), 2, order=order)
+    assert ((first[:, 1] < V) == bool(second_first)).all()
+
+
+def test_first_hits_are_those_of_the_gaps():
+    """2 gaps of 8 positions: the first hit at a share of mean 2/3, variance 1/18; 5 standard
+    errors."""
+    model, seen, n = tiny_model(hint="none"), [], 2000
+    features = model.features
+    model.features = lambda x, z, m, t: seen.append(t) or features(x, z, m, t)
+    x = torch.tensor([[2, 1, 3, 5, 4, 0, 5, 0]]).repeat(n, 1)
+    list(cadd.sample(model, x, 1, order="first-hitting",
+                     generator=torch.Generator().manual_seed(0)))
+    assert len(seen) == 2 and abs(seen[1].mean() - 2 / 3) < 5 / (18 * n) ** 0.5
+
+
+def test_first_hitting_moves_hints_to_the_time_of_each_hit():
+    """ddim with the truth, as below: z_s = (1 - s) z_0 + s eps at each sequence's own times."""
+    world = torch.zeros(9, dtype=torch.float64)
+    world[4] = 1.0                                                     # the data are always (1, 1)
+    model, seen = Oracle("fm", EMBEDDINGS, prior=world), []
+    features = model.features
+    model.features = lambda x, z, m, t: seen.append((z, m, t)) or features(x, z, m, t)
+    list(cadd.sample(model, torch.full((500, L), V), 9, z_update="ddim", order="first-hitting",
+                     generator=torch.Generator().manual_seed(0)))
+    (z_1, _, _), (z_s, masked, s) = seen
+    s = s[:, None, None].expand_as(z_1)
+    assert s.std() > 0.1 and (masked.sum(1) == 1).all()
+    want = torch.where(masked[..., None], (1 - s) * EMBEDDINGS[1] + s * z_1, EMBEDDINGS[1])
+    assert torch.allclose(z_s, want, atol=1e-6)
+
+
 class Linear(Oracle):
     """p(v | z) linear in sign(z): averages over chains have one expectation for every K.
 
@@ -745,7 +820,8 @@ def test_evaluation_follows_its_flags():
 
 def test_sampling_follows_its_flags(monkeypatch, tmp_path, capsys):
     """Every sampler flag reaches `sample`, and so does what is given."""
-    seen, options = [], dict(temperature=0.7, top_p=0.9, z0_hat="hard", z_update="ddim", K=3)
+    seen, options = [], dict(temperature=0.7, top_p=0.9, z0_hat="hard", z_update="ddim", K=3,
+                         order="entropy")
 
     def spy(model, x, steps, *, generator, **given):
         seen.append((tuple(x.shape), steps, given))
