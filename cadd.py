@@ -25,7 +25,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -89,9 +88,6 @@ class Config(common.MaskedConfig):
                       "sampling", choices=("random", "confidence", "entropy", "first-hitting"))
     K: int = free(1, "latent chains whose predictions are averaged (Eq. 5): K times the network "
                   "calls", 1, 1000, group="sampling")
-    prompt: str = free("", "fill in the gaps of this text, a _ for each token to be found",
-                       group="sampling")
-    watch: bool = free(False, "show the unmasking in the terminal", group="sampling")
     eval_draws: int = free(4, "draws of (t, x_t, z_t) per sequence", 1, 10**6, group="evaluation")
     t_min: float = free(0.0, "time at which nll_joint's chain ends; 0: the best of T_MIN on "
                         "training data", 0, 0.99, group="evaluation")
@@ -620,7 +616,7 @@ def load_batch(cfg: Config, data: Sequences, step: int, index: Tensor, ddp: comm
 def build(cfg: Config, data: Sequences) -> CADD:
     """The network, untrained. Raises RunError if its width does not suit rotary attention, or if
     --prompt has no gap or too many tokens."""
-    cfg.prompt and encode_prompt(cfg.prompt, data)  # a mistake there should not cost a training run
+    cfg.prompt and common.encode_prompt(cfg.prompt, data)  # a mistake should cost no training
     return CADD(cfg, data.vocab_size)
 
 
@@ -737,45 +733,17 @@ def evaluate(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict
     return figures
 
 
-def encode_prompt(prompt: str, data: Sequences) -> Tensor:
-    """Text with a _ for each token to be found -> ids (L,), mask_id in the gaps."""
-    ids: list[int] = [] if data.bos_id is None else [data.bos_id]
-    for i, part in enumerate(prompt.split("_")):
-        ids += ([data.mask_id] if i else []) + (data.encode(part).tolist() if part else [])
-    if data.mask_id not in ids:
-        raise RunError('--prompt has no gap: write a _ for each token to be found')
-    if len(ids) > data.length:
-        raise RunError(f"--prompt has {len(ids)} tokens: {data.length} are the most here")
-    return torch.tensor(ids)
-
-
 def draw(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP, trained: bool = False
          ) -> dict:
-    """Print cfg.samples texts; samples.jsonl in the run folder gets them with their ids."""
+    """Print cfg.samples texts; a file in the run folder gets them with their ids."""
     generator = torch.Generator(ddp.device).manual_seed(common.fold_in(cfg.seed, 99))
-    x = torch.full((data.length,), data.mask_id)
-    x = (encode_prompt(cfg.prompt, data) if cfg.prompt else x).to(ddp.device)
-
-    def sampler(begin: int, end: int) -> Iterator[Tensor]:
-        cfg.watch and watch(x, data)
-        for x_t in sample(model, x.expand(end - begin, -1), cfg.sample_steps,
-                          temperature=cfg.temperature, top_p=cfg.top_p, z0_hat=cfg.z0_hat,
-                          z_update=cfg.z_update, K=cfg.K, order=cfg.order, generator=generator):
-            cfg.watch and watch(x_t[0], data)
-            yield x_t
-
-    with common.exact(ddp.device), ddp.autocast():
-        ids = common.draw_in_batches(cfg.samples, cfg.sample_batch, cfg.sample_steps, sampler)
+    calls = data.length if cfg.order == "first-hitting" else cfg.sample_steps
+    ids = common.fill_in(cfg, data, ddp, calls, lambda x: sample(
+        model, x, cfg.sample_steps, temperature=cfg.temperature, top_p=cfg.top_p,
+        z0_hat=cfg.z0_hat, z_update=cfg.z_update, K=cfg.K, order=cfg.order, generator=generator))
     chains = 1 if cfg.hint == "none" else cfg.K
-    common.show_texts(ids, data, cfg, chains * cfg.sample_steps)
+    common.show_texts(ids, data, cfg, chains * calls)
     return {}
-
-
-def watch(x: Tensor, data: Sequences) -> None:
-    """Redraw one sequence in place, a dot for each [MASK]."""
-    text = "".join("·" if i == data.mask_id else data.decode([i]) for i in x.tolist())
-    print("\x1b[2J\x1b[H" + text, flush=True)
-    time.sleep(0.03)
 
 
 @torch.no_grad()

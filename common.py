@@ -661,6 +661,9 @@ class MaskedConfig(SequenceConfig):
     alpha: str = arg("linear", "share of visible tokens: linear = 1 - t, cosine = 1 - sin(pi t/2)",
                      choices=("linear", "cosine"))
     sample_steps: int = free(256, "sampling steps T, one network call each", 1, 10**6, **_SAMPLE)
+    prompt: str = free("", "fill in the gaps of this text, a _ for each token to be found",
+                       **_SAMPLE)
+    watch: bool = free(False, "show the unmasking in the terminal", **_SAMPLE)
     eval_draws: int = free(1, "draws of the noise per sequence", 1, 10**6, **_EVAL)
 
 
@@ -1386,12 +1389,50 @@ def draw_in_batches(n: int, at_once: int, calls: int, sampler: Callable[[int, in
     return torch.cat(found)
 
 
+def encode_prompt(prompt: str, data: Any) -> Tensor:
+    """Text with a _ for each token to be found -> ids (L,), mask_id in the gaps."""
+    ids: list[int] = [] if data.bos_id is None else [data.bos_id]
+    for i, part in enumerate(prompt.split("_")):
+        ids += ([data.mask_id] if i else []) + (data.encode(part).tolist() if part else [])
+    if data.mask_id not in ids:
+        raise RunError('--prompt has no gap: write a _ for each token to be found')
+    if len(ids) > data.length:
+        raise RunError(f"--prompt has {len(ids)} tokens: {data.length} are the most here")
+    return torch.tensor(ids)
+
+
+def fill_in(cfg: MaskedConfig, data: Any, ddp: DDP, calls: int,
+            sampler: Callable[[Tensor], Iterator[Tensor]]) -> Tensor:
+    """cfg.samples of masked diffusion (n, L) on the CPU: of --prompt, or all free. From x (B, L)
+    with its [MASK]s, sampler(x) yields x_t (B, L) after each of `calls` network calls; --watch
+    redraws the first one in place, a dot for each [MASK]."""
+    x = torch.full((data.length,), data.mask_id)
+    x = (encode_prompt(cfg.prompt, data) if cfg.prompt else x).to(ddp.device)
+
+    def show(x: Tensor) -> None:
+        text = "".join("·" if i == data.mask_id else data.decode([i]) for i in x.tolist())
+        print("\x1b[2J\x1b[H" + text, flush=True)
+        time.sleep(0.03)
+
+    def sampled(begin: int, end: int) -> Iterator[Tensor]:
+        cfg.watch and show(x)
+        for x_t in sampler(x.expand(end - begin, -1)):
+            cfg.watch and show(x_t[0])
+            yield x_t
+
+    with exact(ddp.device), ddp.autocast():
+        return draw_in_batches(cfg.samples, cfg.sample_batch, calls, sampled)
+
+
 def show_texts(ids: Tensor, data: Any, cfg: Any, nfe: int) -> None:
-    """Print samples (n, L) as text; samples.jsonl in the run folder gets them too, with how they
-    were drawn: `nfe` network calls each."""
+    """Print samples (n, L) as text; a file in the run folder gets them too, with how they were
+    drawn, `nfe` network calls each: prompted.jsonl, watched.jsonl, or samples.jsonl, which eval.py
+    scores: free samples only."""
+    kind = next((file for flag, file in (("prompt", "prompted"), ("watch", "watched"))
+                 if getattr(cfg, flag, False)), "samples")
     how = dict(nfe=nfe) | {k: getattr(cfg, k) for k in ("top_p", "temperature") if hasattr(cfg, k)}
     rows = [dict(text=data.decode(row), ids=row, **how) for row in ids.tolist()]
-    write_jsonl(Path(cfg.out) / "samples.jsonl", rows)
+    write_jsonl(Path(cfg.out) / f"{kind}.jsonl", rows)
     for row in rows:
         print(f"\n--- sample\n{row['text']}")
 

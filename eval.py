@@ -1001,7 +1001,10 @@ def main(argv: list[str] | None = None) -> None:
     def columns_of(file: Path, dataset: str, length: int | None) -> dict[str, str]:
         if (dataset, length) not in sets:
             sets[dataset, length] = load_dataset(dataset, args.data_dir, length)
-        return sample_columns(read_samples(file), sets[dataset, length], **scoring)
+        drawn = read_samples(file)
+        columns = sample_columns(drawn, sets[dataset, length], **scoring)
+        few = ": too few, draw 64 or more" if len(drawn) < 64 else ""
+        return columns | {"samples": columns["samples"] + few}
 
     drawing = [word for name in ("samples", "top_p", "temperature")
                if (value := getattr(args, name)) is not None for word in (f"--{name}", str(value))]

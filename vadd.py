@@ -611,8 +611,12 @@ def kl_weight(step: int, cfg: Config) -> float:
 
 
 def build(cfg: Config, data: Sequences) -> VADD:
-    """The networks, untrained. Raises RunError if a DiT's width does not suit its heads."""
+    """The networks, untrained. Raises RunError if a DiT's width does not suit its heads, or if
+    --prompt does not suit the data."""
     bound_steps(cfg)  # a mistake there should not cost a training run
+    if (cfg.prompt or cfg.watch) and (cfg.net == "mlp" or data.unit == "bin"):
+        raise RunError("--prompt and --watch are for text and --net dit")
+    cfg.prompt and common.encode_prompt(cfg.prompt, data)
     return VADD(cfg, data.vocab_size)
 
 
@@ -726,26 +730,22 @@ def evaluate(model: VADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict
     return figures
 
 
-def draw_ids(model: VADD, cfg: Config, L: int, steps: int, ddp: common.DDP) -> Tensor:
+def draw_ids(model: VADD, cfg: Config, data: Sequences, steps: int, ddp: common.DDP) -> Tensor:
     """cfg.samples sequences of `steps` steps: ids (samples, L) on the CPU."""
     generator = torch.Generator(ddp.device).manual_seed(common.fold_in(cfg.seed, 99))
-    x = torch.full((cfg.samples, L), model.mask_id, device=ddp.device)
-    with common.exact(ddp.device), ddp.autocast():
-        return common.draw_in_batches(
-            cfg.samples, cfg.sample_batch, steps,
-            lambda begin, end: sample(model, x[begin:end], steps, temperature=cfg.temperature,
-                                      top_p=cfg.top_p, generator=generator))
+    return common.fill_in(cfg, data, ddp, steps, lambda x: sample(
+        model, x, steps, temperature=cfg.temperature, top_p=cfg.top_p, generator=generator))
 
 
 def draw(model: VADD, cfg: Config, data: Sequences, ddp: common.DDP, trained: bool = False) -> dict:
     """Print cfg.samples texts, or how far a toy's points are from the training points, after
     training for the paper's numbers of steps; files in the run folder get them."""
     if data.unit != "bin":
-        ids = draw_ids(model, cfg, data.length, cfg.sample_steps, ddp)
+        ids = draw_ids(model, cfg, data, cfg.sample_steps, ddp)
         common.show_texts(ids, data, cfg, cfg.sample_steps)
         return {}
     steps = TOY_STEPS if trained else (cfg.sample_steps,)
-    own = {T: histogram(draw_ids(model, cfg, data.length, T, ddp).numpy()) for T in steps}
+    own = {T: histogram(draw_ids(model, cfg, data, T, ddp).numpy()) for T in steps}
     return dict(toy=show_toys(data, own, name_of(cfg), cfg.samples, Path(cfg.out)))
 
 

@@ -852,7 +852,7 @@ def test_heads_must_divide_the_width():
 
 def test_prompt_needs_a_gap(data_dir):
     with pytest.raises(common.RunError, match="has no gap"):
-        cadd.encode_prompt("nothing", load_dataset("pydoc", data_dir, 16))
+        common.encode_prompt("nothing", load_dataset("pydoc", data_dir, 16))
 
 
 def test_names_of_the_methods():

@@ -452,7 +452,7 @@ def test_runs_and_their_samples_make_one_table(tmp_path, scored, capsys):
     assert list(row.values())[1:6] == ["cadd-x", "pydoc/test", "12,345",
                                        "1.5000 ± 0.2500 (ppl 4.50)", "2.0000 (no bound)"]
     nats = 0.7 * math.log(10) - 0.3 * math.log(0.3)   # three of its ten characters are spaces
-    assert row["samples"] == "1" and row["spelled"] == "100.0%"
+    assert row["samples"] == "1: too few, draw 64 or more" and row["spelled"] == "100.0%"
     assert row["entropy, nats"] == f"{nats:.4f}"
     assert rows[str(b)]["method"] == "vadd-x" and not rows[str(b)]["samples"]
     alone = rows[str(a / "samples.jsonl")]

@@ -834,6 +834,9 @@ LATE = [  # what evaluation or sampling would refuse
      "DATA/own/train.txt --split test"),
     ("cadd", "--prompt has no gap", "--prompt abc"),
     ("cadd", "--prompt has 17 tokens: 16", f"--prompt {'_' * 17}"),
+    ("vadd", "--prompt has 17 tokens: 16", f"--prompt {'_' * 17}"),
+    ("vadd-toy", "--prompt and --watch are for text", "--prompt _"),
+    ("vadd-toy", "--prompt and --watch are for text", "--watch"),
     ("cadd", "'É' at offset 0 is not in the vocabulary", "--prompt É_"),
     ("catdm", "--label X: choose one of 0, 1, 2", "--label X"),
     ("catdm-text", "--label 1: this model has no classes", "--label 1"),
@@ -1010,14 +1013,22 @@ def test_both_schedules_of_tokens_train_sample_and_score(run, capsys, alpha):
         run("cadd", 6, "--alpha", "linear" if alpha == "cosine" else "cosine")
 
 
-def test_prompts_and_watching(copy_of, capsys):
-    out = copy_of("cadd")
-    _, printed, _ = command(
-        capsys, "cadd.py", "--mode", "sample", "--out", out, "--device", "cpu", "--samples", "3",
-        "--seed", "0", "--prompt", "the ___ of", "--watch")
-    texts = [json.loads(line)["text"] for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert all(t.startswith("the ") and t.endswith(" of") and len(t) == 10 for t in texts)
+@pytest.mark.parametrize("name", ["cadd", "cadd-mdlm", "vadd"])
+def test_prompts_and_watching(copy_of, capsys, name):
+    """Gaps are filled, the rest is kept; samples.jsonl holds free samples only."""
+    out, script = copy_of(name), f"{script_of(name).__name__}.py"
+    flags = ["--mode", "sample", "--out", out, "--device", "cpu", "--samples", "3"]
+    assert command(capsys, script, *flags)[0] == 0
+    free = (out / "samples.jsonl").read_text()
+    _, printed, _ = command(capsys, script, *flags, "--watch")
+    assert "·" * 16 in printed
+    assert (out / "watched.jsonl").read_text() == free and "·" not in free
+    _, printed, _ = command(capsys, script, *flags, "--prompt", "the ___ of", "--watch")
+    texts = [json.loads(line)["text"] for line in (out / "prompted.jsonl").open()]
+    assert len(texts) == 3 and all(
+        t.startswith("the ") and t.endswith(" of") and len(t) == 10 for t in texts)
     assert "the ···" in printed  # --watch shows the gaps
+    assert (out / "samples.jsonl").read_text() == (out / "watched.jsonl").read_text() == free
 
 
 def test_fine_tuning_starts_from_the_mdm(run, copy_of):
