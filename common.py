@@ -731,13 +731,15 @@ def parse_config(script: ModuleType, argv: list[str] | None = None) -> Any:
                                  else type(field.default).__name__.upper())
         groups[field.metadata["group"]].add_argument(f"--{field.name}", **kwargs)
     given = vars(parser.parse_args(argv))
-    if key == "folder" and not os.path.isdir(dataset) and not dataset.endswith(".npy"):
+    files = (".npy", ".txt", ".txt.xz")
+    if key == "folder" and not os.path.isdir(dataset) and not dataset.endswith(files):
         names = ", ".join(k for k in presets if k != "folder")
         raise RunError(f"unknown dataset {dataset!r}: choose one of {names}, or give a folder "
-                       "with train.txt and valid.txt")
+                       "with train.txt and valid.txt, or a text.txt")
     cfg = cls(**values | given | {"dataset": dataset})
     if not cfg.out:
-        cfg.out = f"runs/{method}-{Path(dataset).resolve().name if key == 'folder' else dataset}"
+        own = Path(dataset).resolve().name.removesuffix(".xz").removesuffix(".txt")
+        cfg.out = f"runs/{method}-{own if key == 'folder' else dataset}"
     if cfg.mode in ("sample", "eval"):
         saved = read_checkpoint(Path(cfg.out) / "checkpoint.pt", method, mmap=True)["config"]
         check_same_run(saved, given, cls)

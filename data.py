@@ -4,6 +4,7 @@
     python data.py text8 --data_dir data      # downloads 31 MB
     python data.py multi30k                   # pairs: German and English captions
     python data.py my/folder                  # train / valid / test as .txt, .txt.xz or .npy
+    python data.py my/text.txt                # split 90/5/5
     python data.py glyphs                     # drawn digits and letters, no download
     python data.py vq-encode IMAGES --ckpt last.ckpt --out tokens.npy     # results/vqgan.py
     python data.py tokens.npy --labels labels.npy
@@ -273,11 +274,11 @@ def load_dataset(name: str, data_dir: str | Path = "data", length: int | None = 
     if recipe is None:
         if name.endswith(".npy"):
             return load_array(Path(name), labels, length)
-        if Path(name).is_dir():
+        if Path(name).is_dir() or name.endswith((".txt", ".txt.xz")) and Path(name).is_file():
             return load_folder(Path(name), length)
         raise DataError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}, or give a "
-                        "folder with train and valid as .txt, .txt.xz or .npy, or a tokens.npy "
-                        "(see data.py vq-encode)")
+                        "text.txt, a folder with train and valid as .txt, .txt.xz or .npy, or a "
+                        "tokens.npy (see data.py vq-encode)")
     if length not in (None, recipe.length) and recipe.kind not in ("stream", "rows"):
         raise DataError(f"{name} has sequences of {recipe.length} {recipe.unit}s: "
                         f"drop --length {length}")
@@ -869,7 +870,8 @@ def synthetic_pairs(name: str, max_length: int, vocab: int) -> PairData:
 
 
 def load_folder(folder: Path, length: int | None = None) -> Sequences:
-    """{train, valid, test} as .txt, .txt.xz (characters) or .npy (ids).
+    """{train, valid, test} as .txt, .txt.xz (characters) or .npy (ids); or one text, a file or the
+    only one in the folder: its first 90% are train, then 5% valid, 5% test.
 
     .npy: (N,) streams or (N, L) rows of integers; a meta.json may give vocab_size, bos_id, eos_id
     and pad_id. Text is encoded in memory: save gigabytes as .npy. Raises DataError.
@@ -879,6 +881,9 @@ def load_folder(folder: Path, length: int | None = None) -> Sequences:
         for file in (stem + end for stem in stems for end in (".npy", ".txt", ".txt.xz")):
             if (folder / file).exists():
                 paths.setdefault(split, folder / file)
+    alone = [folder] if folder.is_file() else [*folder.glob("*.txt"), *folder.glob("*.txt.xz")]
+    if not paths and len(alone) == 1:
+        return load_texts(folder, {"whole": alone[0]}, length)
     if missing := {"train", "valid"} - set(paths):
         raise DataError(f"{folder} lacks {' and '.join(sorted(missing))} as .txt, .txt.xz or .npy; "
                         "hold out some 5% of your training data as valid")
@@ -896,14 +901,15 @@ def load_ids(folder: Path, paths: dict[str, Path], length: int | None) -> Sequen
 
 
 def load_texts(folder: Path, paths: dict[str, Path], length: int | None) -> Sequences:
-    texts = {split: read_text(path) for split, path in paths.items()}
-    codec, splits = CharCodec("".join(sorted(set(texts["train"])))), {}
-    for split, text in texts.items():
-        try:
-            splits[split] = codec.encode(text).astype(np.min_scalar_type(len(codec.vocab)))
-        except DataError as error:
-            raise DataError(f"{paths[split]}: {error}") from error
-    return Sequences(folder.name, len(codec.vocab), length or 256, "char", splits, codec)
+    texts = {split: read_text(path).replace("\r\n", "\n") for split, path in paths.items()}
+    if whole := texts.pop("whole", ""):
+        a, b = (len(whole) * percent // 100 for percent in (90, 95))
+        texts = {"train": whole[:a], "valid": whole[a:b], "test": whole[b:]}
+    codec = CharCodec("".join(sorted(set().union(*texts.values()))))
+    splits = {split: codec.encode(text).astype(np.min_scalar_type(len(codec.vocab)))
+              for split, text in texts.items()}
+    name = folder.name.removesuffix(".xz").removesuffix(".txt")
+    return Sequences(name, len(codec.vocab), length or 256, "char", splits, codec)
 
 
 def load_array(path: Path, labels: str = "", length: int | None = None) -> Sequences:
@@ -1048,8 +1054,9 @@ class CharCodec(Codec):
         ids = self.ids[code_points(text)]
         if len(ids) and ids.min() < 0:
             at = int(np.argmax(ids < 0))
+            advice = "write it in lower case" if text[at].lower() in self.vocab else "remove it"
             raise DataError(f"character {text[at]!r} at offset {at} is not in the vocabulary; "
-                            "remove it, or let the training text contain it")
+                            f"{advice}, or let the training text contain it")
         return ids.astype(np.int64)
 
     def decode(self, ids: np.ndarray) -> str:

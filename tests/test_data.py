@@ -887,8 +887,8 @@ def write_texts(folder, end=".txt", **texts):
 def test_folder_of_text(tmp_path, end):
     write_texts(tmp_path, end, train="héllo\r\n", val="oh", test="lll")
     own = load_dataset(str(tmp_path), length=2)
-    assert own.vocab_size == 6 and own.decode(range(6)) == "\n\rhloé" and own.unit == "char"
-    assert own.splits["train"].tolist() == [2, 5, 3, 3, 4, 1, 0]
+    assert own.vocab_size == 5 and own.decode(range(5)) == "\nhloé" and own.unit == "char"
+    assert own.splits["train"].tolist() == [1, 4, 2, 2, 3, 0]
     assert own.decode(own.splits["valid"]) == "oh" and own.decode(own.splits["test"]) == "lll"
     assert own.decode(own.encode("hé")) == "hé"
 
@@ -900,8 +900,7 @@ def test_folder_errors(tmp_path):
     with pytest.raises(DataError, match="lacks valid as .*hold out"):
         load_dataset(str(tmp_path))
     write_texts(tmp_path, valid="abxc")
-    with pytest.raises(DataError, match="valid.txt: character 'x' at offset 2"):
-        load_dataset(str(tmp_path))
+    assert load_dataset(str(tmp_path)).codec.vocab == "abcx"  # of the whole text
     (tmp_path / "valid.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match="valid.txt cannot be read as UTF-8"):
         load_dataset(str(tmp_path))
@@ -909,6 +908,27 @@ def test_folder_errors(tmp_path):
     np.save(tmp_path / "valid.npy", np.arange(3))
     with pytest.raises(DataError, match="mixes text and .npy"):
         load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("file, name", [("", "own"), ("a.txt", "a"), ("a.txt.xz", "a")])
+def test_one_text_is_split_by_position(tmp_path, file, name):
+    """Alone in a folder or given as a file; the last signs are in no other split."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    end = ".txt.xz" if file.endswith("xz") else ".txt"
+    write_texts(folder, end, a="a\r\n" * 45 + "b" * 5 + "c" * 5)     # 100 signs
+    own = load_dataset(str(folder / file), length=5)
+    assert own.name == name and own.codec.vocab == "\nabc"
+    assert {split: own.decode(ids) for split, ids in own.splits.items()} == {
+        "train": "a\n" * 45, "valid": "bbbbb", "test": "ccccc"}
+    write_texts(folder, b="more")
+    if not file:
+        with pytest.raises(DataError, match="lacks train and valid"):
+            load_dataset(str(folder))
+    with pytest.raises(DataError, match="'B' at offset 1 .*; write it in lower case, or"):
+        own.encode("aB")
+    with pytest.raises(DataError, match="'X' at offset 0 .*; remove it, or"):
+        own.encode("X")
 
 
 def test_folder_without_test_split(tmp_path):
