@@ -682,8 +682,8 @@ def train(cfg: Config, ddp: common.DDP, data: Sequences) -> common.Run:
 def summarise(total: dict, model: CADD, batch: Batch) -> tuple[dict, dict]:
     """What log.jsonl gets and what the bar shows, from the sums since the last line."""
     bound, masked = sum(total["bound"]) / total["tokens"], sum(total["masked"])
-    record = dict(
-        bound_nats=bound, bound_bits=bound / math.log(2),
+    name = "bound" if model.cfg.hint == "none" else "nll_discrete"  # no bound: see joint_bound
+    record = {f"{name}_nats": bound, f"{name}_bits": bound / math.log(2)} | dict(
         ce_masked_nats=sum(total["ce"]) / masked if masked else None,
         ce_by_t=[round(c / m, 4) if m else None for c, m in zip(total["ce"], total["masked"])])
     if "mse" in total and masked:

@@ -858,7 +858,8 @@ def draw_samples(model: Denoiser, cfg: Config, data: Sequences, ddp: common.DDP,
 
 def draw(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP, trained: bool = False) -> dict:
     """Text: print samples, which samples.jsonl gets too; translations: print; images: samples.npz
-    and samples.png, of a model just trained on classes at guidance 0, 1 and 2, with grades."""
+    and .png (with --label labelled.npz and .png), of a model just trained on classes at guidance 0,
+    1 and 2, with grades."""
     if cfg.task == "text":
         x, _ = draw_samples(model, cfg, data, ddp, 0.0)
         common.show_texts(x, data, cfg, cfg.sample_steps + 1)
@@ -868,7 +869,7 @@ def draw(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP, trained: boo
             print(f"{row['source']}\n  -> {row['text']}")
         return {}
     scales = [0.0] if not model.classes else [0.0, 1.0, 2.0] if trained else [cfg.guidance]
-    drawn, file = {}, Path(cfg.out) / "samples.png"
+    drawn, file = {}, Path(cfg.out) / ("labelled.png" if cfg.label else "samples.png")
     for g in scales:
         drawn[f"guidance {g:g}"], y = draw_samples(model, cfg, data, ddp, g)
     arrays = {name.replace(" ", ""): x for name, x in drawn.items()}
@@ -876,7 +877,7 @@ def draw(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP, trained: boo
     if data.pixels is not None:
         columns = model.classes if 1 < model.classes <= 40 and not cfg.label else 16
         save_grids(file, [data.draw(x) for x in drawn.values()], columns)
-        print(f"{file}: " + (f"classes {' '.join(data.classes)}, guidance "
+        print(f"{file}: " + (f"classes {cfg.label or ' '.join(data.classes)}, guidance "
               + ", ".join(f"{g:g}" for g in scales) if model.classes else "samples"))
     return {"samples": print_grades(data, drawn, y) if trained and model.classes else {}}
 

@@ -990,8 +990,15 @@ def test_sample_needs_the_checkpoint_alone(run, tmp_path, capsys):
     dataset = json.loads((out / "result.json").read_text())["dataset"]
     flags = [*nowhere, "--out", str(out), "--dataset", dataset]
     common.main(catdm, [*flags, "--label", "1", "--samples", "5", "--sampler", "ddim", "--argmax"])
-    with np.load(out / "samples.npz") as file:
+    with np.load(out / "labelled.npz") as file, np.load(out / "samples.npz") as free:
         assert file["labels"].tolist() == [1] * 5 and file.files[0] == "guidance1"
+        assert set(free["labels"]) == {0, 1, 2}
+    cfg, ddp, model, data, _ = common.open_run(catdm, str(out), [
+        "--mode", "sample", "--device", "cpu", "--label", "1"])
+    data.pixels = np.zeros((5, 1, 1), np.uint8)
+    capsys.readouterr()
+    catdm.draw(model, cfg, data, ddp)
+    assert "labelled.png: classes 1, guidance 1" in capsys.readouterr().out
     with pytest.raises(RunError, match="--label X: choose one of 0, 1, 2"):
         common.main(catdm, [*flags, "--label", "X"])
     out = run(3, *PAIRS, out="pairs")

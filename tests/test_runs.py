@@ -472,7 +472,7 @@ def test_noise_differs_between_steps_and_data_too(run, name, monkeypatch, at_ste
     lines = [{k: v for k, v in r.items() if k not in ("step", "kl_weight")}
              for r in curves(out).values()]
     losses = [next(v for k, v in r.items() if k in (
-        "bound_nats", "delbo_nats", "loss", "mse")) for r in lines]
+        "bound_nats", "nll_discrete_nats", "delbo_nats", "loss", "mse")) for r in lines]
     assert len(set(losses)) == 4
     for kind in zip(*noise, strict=True):
         assert len({x.numpy().tobytes() for x in kind}) == len(kind) == 4
@@ -816,6 +816,8 @@ def test_newcomer_mistakes_are_one_line_and_a_bad_exit_code(capsys, tmp_path, da
     failed(capsys, "train first", script, "--mode", "eval", "--out", "nowhere")
     if not torch.cuda.is_available():
         failed(capsys, "--device cpu", script, "--device", "cuda")
+    failed(capsys, "--device: 'mps' is not one of auto, cpu, cuda", script, "--device", "mps",
+           code=2)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
     for out in ("file", "file/run"):
@@ -989,6 +991,16 @@ def test_a_run_leaves_everything_it_should(run, capsys):
     assert {"argv", "config", "commit", "torch", "hardware"} <= set(first)
     assert len((out / "samples.jsonl").read_text().splitlines()) == 2
     assert sorted(curves(out)) == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("name, figure", [("cadd", "nll_discrete"), ("cadd-mdlm", "bound")])
+def test_only_a_bound_is_logged_as_one(trained, name, figure):
+    """eval.py curves reads either; nll_discrete, given hints that nobody pays for, is none."""
+    log, kept = curves(trained(name)), metrics.read_curves(trained(name))
+    other = {"bound": "nll_discrete", "nll_discrete": "bound"}[figure]
+    assert other not in str(log) and {f"{figure}_nats", f"{figure}_bits"} <= set(kept)
+    for row in log.values():
+        assert row[f"{figure}_bits"] == pytest.approx(row[f"{figure}_nats"] / math.log(2))
 
 
 def test_training_learns(run):
@@ -1251,7 +1263,7 @@ def test_compiled_bf16_training_on_the_gpu(run, name):
     flags = ["--device", "cuda", "--lr", "1e-3"]
     a = run(name, 10, *flags, out="a")
     b = run(name, 10, *flags, "--no-compile", "--amp", "none", out="b")
-    keys = ("bound_nats", "delbo_nats", "loss", "mse")
+    keys = ("bound_nats", "nll_discrete_nats", "delbo_nats", "loss", "mse")
     one, two = ([[v for k, v in r.items() if k in keys] for r in curves(out).values()]
                 for out in (a, b))
     assert np.allclose(one, two, rtol=0.03)  # bf16 keeps 8 bits
