@@ -1485,6 +1485,19 @@ def open_run(script: ModuleType, out: str, flags: list[str], dataset: str | None
     return cfg, ddp, *_load_trained(script, cfg, ddp)
 
 
+def load_run(script: ModuleType, out: str, *flags: str) -> tuple[nn.Module, Any]:
+    """A trained run from Python: its model with the averaged weights, and its data.
+
+        import cadd, common, torch
+        model, data = common.load_run(cadd, "runs/cadd-pydoc")
+        x = torch.full((4, data.length), data.mask_id, device=next(model.parameters()).device)
+        *_, x = cadd.sample(model, x, steps=64)
+        print(*map(data.decode, x.tolist()), sep="\n")
+    """
+    _, _, model, data, _ = open_run(script, out, ["--mode", "sample", *flags])
+    return model, data
+
+
 def _load_trained(script: ModuleType, cfg: RunConfig, ddp: DDP) -> tuple[nn.Module, Any, int]:
     path = Path(cfg.out) / ("best.pt" if cfg.keep == "best" else "checkpoint.pt")
     state = read_checkpoint(path, script_name(script), ddp.device)

@@ -598,6 +598,18 @@ def test_sample_needs_the_checkpoint_alone(copy_of, tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_loaded_from_python(trained, data_dir, name):
+    """With the averaged weights; texts and toys of masked diffusion are sampled as documented."""
+    script, out = script_of(name), str(trained(name))
+    model, data = common.load_run(script, out, "--device", "cpu", "--data_dir", data_dir)
+    kept = checkpoint(trained(name))["ema"]["params"]
+    assert not model.training and all(torch.equal(p, kept[k]) for k, p in model.named_parameters())
+    if script.__name__ in ("cadd", "vadd"):
+        *_, x = script.sample(model, torch.full((4, data.length), data.mask_id), steps=3)
+        assert all(map(data.decode, x.tolist())) and (x < data.vocab_size).all()
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_eval_mode_writes_its_figures_and_settings(copy_of, tmp_path, data_dir, capsys, name,
                                                    monkeypatch):
     out, file = copy_of(name), tmp_path / "figures.json"
