@@ -83,7 +83,7 @@ class Config(common.RunConfig):
     depth: int = arg(6, "layers of encoder and decoder each", 1, 1000, **_NET)
     heads: int = arg(8, "attention heads", 1, 1000, **_NET)
     dropout: float = arg(0.1, "dropout", 0, 0.99, **_NET)
-    # As in the authors' code: .02, as BERT, but for the encoder. From .02 everywhere training stalls.
+    # As in the authors' code: .02, as BERT, but for the encoder. .02 everywhere stalls.
     init_std: float = arg(0.02, "initial linear weights; 0: fan-in^-1/2", 0, 10, **_NET)
     embed_std: float = arg(0.02, "initial embeddings and positions", 1e-6, 10, **_NET)
     fairseq_encoder: bool = arg(True, "the encoder's weights start as fairseq's", **_NET)

@@ -723,8 +723,8 @@ def evaluate(model: VADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict
     with common.exact(ddp.device), ddp.autocast():  # which leaves float64 alone
         values = likelihoods(model, (x0 for x0, _ in batches), cfg.eval_draws, seed, data.pad_id,
                              cfg.K, bound_steps(cfg))
-    figures = common.estimates(values, data, ddp, values.pop("tokens", None), given="padding", K=cfg.K,
-                               split=cfg.split)
+    figures = common.estimates(values, data, ddp, values.pop("tokens", None), given="padding",
+                               K=cfg.K, split=cfg.split)
     for name, figure in figures.items():
         figure["is_bound"] = name != "nll_delbo" or not cfg.latent_dim
     return figures

@@ -215,7 +215,8 @@ def test_text_run(letters, tmp_path, capsys):
     """Train, stop and resume, evaluate, sample: what is certain costs nothing, but the first."""
     out = tmp_path / "run"
     flags = [*letters, "--out", str(out), "--lr", "1e-2", "--warmup", "5", "--ema", "0.9",
-             "--log_every", "10", "--micro_batch", "8", "--data_dir", str(tmp_path)]
+             "--log_every", "10", "--micro_batch", "8", "--data_dir", str(tmp_path),
+             "--lr_schedule", "constant"]
     common.main(ar_baseline, [*flags, "--steps", "30"])
     common.main(ar_baseline, [*flags, "--steps", "60"])
     result = json.loads((out / "result.json").read_text())
@@ -245,7 +246,7 @@ def test_text_run(letters, tmp_path, capsys):
 
 def test_a_resumed_text_run_equals_one_that_was_not_stopped(letters, tmp_path):
     flags = [*letters, "--log_every", "4", "--warmup", "2", "--dropout", "0.1", "--eval_sequences",
-             "4", "--data_dir", str(tmp_path)]
+             "4", "--data_dir", str(tmp_path), "--lr_schedule", "constant"]
     for steps in (4, 8):
         common.main(ar_baseline, [*flags, "--out", str(tmp_path / "a"), "--steps", str(steps)])
     common.main(ar_baseline, [*flags, "--out", str(tmp_path / "b"), "--steps", "8"])

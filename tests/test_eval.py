@@ -153,7 +153,7 @@ def test_our_own_judge_and_how_samples_were_drawn(tmp_path, monkeypatch, capsys)
     _, rows = table_of(capsys.readouterr().out)
     drawn = rows[str(tmp_path / "ar" / "samples.jsonl")]
     how = [drawn[k] for k in ("samples", "nfe", "top_p", "temperature")]
-    assert how == ["2", "8", "0.9", "0.5"]
+    assert how == ["2: too few, draw 64 or more", "8", "0.9", "0.5"]
     assert float(drawn["generative perplexity by own ar, 3 steps"].split()[0]) > 1
 
 
