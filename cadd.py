@@ -65,8 +65,7 @@ class Config(common.MaskedConfig):
                          "Bayes' rule need not be learned")
     hint_noise: float = arg(1.0, "standard deviation of z_1 (the paper: 1): more weakens hints and "
                             "leaves the network long embeddings", 1e-3, 1e6)
-    detach_hints: bool = arg(False, "no gradient through z_0 into the embeddings where "
-                              "masked")
+    detach_hints: bool = arg(False, "no gradient through z_0 into the embeddings where masked")
     paper: bool = arg(False, "the paper's letter, whatever the preset: --hint_in raw "
                       "--no-hint_out --hint_noise 1 --no-time_cond --embed_norm 0")
     weight: str = arg("elbo", "weight of the loss: elbo (Eq. 2), none = Eq. 20 as printed",
@@ -231,7 +230,7 @@ class CADD(nn.Module):
     def embedding_matrix(self) -> Tensor:
         """w (V + 1, d), its last row for [MASK].
 
-        Its scale decides what a hint tells. The noise has unit variance in each direction: rows
+        Its scale beside --hint_noise decides what a hint tells. At noise 1, in each direction, rows
         of norm 0.6 (the start) hide the token until t is near 0, long rows give it away at once.
         """
         w = self.net.embed.weight
@@ -773,7 +772,7 @@ def probe(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP, times: np.
             with common.exact(ddp.device), ddp.autocast():
                 nll[k] += nll_at(model, point, z_t)[0].sum().item()
             count[k] += point.scored.sum().item()
-    signal, sigma = latent_schedule(torch.from_numpy(times), cfg.hint, cfg.hint_noise)
+    signal, sigma = model.path(torch.from_numpy(times))
     tokens = np.concatenate([b.ids for b in data.eval_batches(cfg.split, 1000, 10_000)])
     return dict(cross_entropy=nll / count, signal=signal, sigma=sigma, tokens=tokens,
                 embeddings=model.embedding_matrix()[:-1].detach().float().cpu())

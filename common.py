@@ -943,9 +943,8 @@ class Run:
                                + ["--minutes"] * bool(cfg.minutes))
             ddp.print(f"{cfg.out} is complete: {self.step} steps in {self._seconds / 60:.1f} "
                       f"minutes. To {more and f'continue, give more {more}; to '}start anew, "
-                      "--overwrite or "
-                      f"another --out; to sample: python {script}.py --dataset {cfg.dataset} "
-                      f"--mode sample --out {cfg.out}")
+                      f"--overwrite or another --out; to sample: python {script}.py --dataset "
+                      f"{cfg.dataset} --mode sample --out {cfg.out}")
             return
         ddp.print(f"{data.describe()}{note} | {self._parameters / 1e6:.1f}M parameters | "
                   f"{environment(ddp)['hardware']}")

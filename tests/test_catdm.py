@@ -840,17 +840,6 @@ PAIRS = ["--dataset", "numbers", "--max_number", "99", "--ffn", "16", "--batch_t
          "--length_beam", "1", "--noise_beam", "2"]
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """A folder with a small set of images, 3 x 3 tokens in 3 classes; pydoc is prepared there."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 400)
-    np.save(folder / "tokens.npy", (labels[:, None] + rng.integers(0, 2, (400, 9))) % 5)
-    np.save(folder / "labels.npy", labels)
-    return str(folder)
-
-
 @pytest.fixture()
 def run(tmp_path, data_dir, monkeypatch):
     """run(steps, *flags, out="a") -> the run folder; images unless flags say another set."""
