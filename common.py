@@ -1829,11 +1829,6 @@ def main(script: ModuleType, argv: list[str] | None = None) -> None:
     """
     cfg = parse_config(script, argv)
     ddp = DDP.start(cfg)
-    if cfg.mode == "bench":  # one micro-batch per device and step
-        for whole, part in (("batch_size", "micro_batch"), ("batch_tokens", "micro_tokens")):
-            if hasattr(cfg, part):
-                at_once = min(getattr(cfg, whole), getattr(cfg, part))
-                cfg = dataclasses.replace(cfg, **{whole: at_once * ddp.world})
     if cfg.mode in ("train", "bench"):
         data = script.load(cfg)
         for split in ("valid", cfg.split) if cfg.mode == "train" else ():

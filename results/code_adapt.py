@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         for plan in ((args.bench, 1, B, L), ("7B", 8, 4, 2048)):
             print(json.dumps({"plan_gib": memory_plan(*plan)}), flush=True)
         return common.main(cadd, [*more, "--mode", "bench", "--backbone", str(runs / args.bench),
-                                  "--length", str(L), "--micro_batch", str(B)])
+                                  "--length", str(L), "--batch_size", str(B)])
     write_shape(runs / "shape", "tiny" if args.tiny else "small")
     rows = []
     for (method, steps), file in complete(
