@@ -976,7 +976,10 @@ class DDP:
         net = torch.compile(model, dynamic=False) if compile and self.on_cuda else model
         if self.world > 1:
             devices = [self.device.index] if self.on_cuda else None
-            net = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
+            # One bucket (its unit is MiB): gradients sent during backward slow it by more than they
+            # save (results/speed.md).
+            net = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True,
+                                          bucket_cap_mb=2**20)
         return net
 
     def shard(self, model: nn.Module) -> nn.Module:
