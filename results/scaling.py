@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -51,19 +52,18 @@ def table(args: argparse.Namespace) -> None:
     over that of one GPU with the same batch a GPU (weak) or the same batch in all (strong)."""
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
     a_gpu, whole = (2, 8) if args.tiny else (64, 512)
-    for script in args.scripts:
-        for gpus in args.gpus:
-            for kind, batch in (("weak", a_gpu * gpus), ("strong", whole)):
-                row = dict(scaling=kind, **bench(script, gpus, [
-                    "--batch_size", str(batch), "--device", args.device,
-                    *(TINY if args.tiny else [])]))
-                rows = [x for x in rows if x["command"] != row["command"]] + [row]
-                print(f"{row['command']}: {row['tokens_per_s']:,} tokens/s", flush=True)
-    alone = {(x["scaling"], x["method"]): x["tokens_per_s"] for x in rows if x["gpus"] == 1}
-    for row in rows:
-        if one := alone.get((row["scaling"], row["method"])):
-            row["efficiency"] = round(row["tokens_per_s"] / one / row["gpus"], 4)
-    common.write_json(args.out, rows)
+    for script, gpus, (kind, batch) in itertools.product(args.scripts, args.gpus, (
+            ("weak", a_gpu), ("strong", whole))):
+        row = dict(scaling=kind, **bench(script, gpus, [
+            "--batch_size", str(batch * gpus if kind == "weak" else batch), "--device",
+            args.device, *(TINY if args.tiny else [])]))
+        rows = [x for x in rows if x["command"] != row["command"]] + [row]
+        print(f"{row['command']}: {row['tokens_per_s']:,} tokens/s", flush=True)
+        alone = {(x["scaling"], x["method"]): x["tokens_per_s"] for x in rows if x["gpus"] == 1}
+        for x in rows:
+            if one := alone.get((x["scaling"], x["method"])):
+                x["efficiency"] = round(x["tokens_per_s"] / one / x["gpus"], 4)
+        common.write_json(args.out, rows)
 
 
 def wrapping(options: dict, hook: bool, outside: bool):
