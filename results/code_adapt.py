@@ -37,6 +37,11 @@ SMALL = ("--length 640 --batch_size 64 --micro_batch 64 --lr 1e-3 --warmup 200 -
 TINY = ("--length 32 --batch_size 4 --micro_batch 4 --anneal 2 --log_every 1 --eval_sequences 2 "
         "--sample_steps 2")
 
+# Qwen2.5's words: a line's end never joins the next one's indentation. Else a prompt that ends with
+# a line would be cut as no text that the model has seen.
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+              r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
 
 def write_shape(folder: Path, size: str) -> None:
     """config.json of a shape, and a byte-level BPE of pycode's training files: id 0 ends a
@@ -48,9 +53,12 @@ def write_shape(folder: Path, size: str) -> None:
         intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads,
         num_key_value_heads=kv, tie_word_embeddings=tied, eos_token_id=0, rope_theta=1e6))
     if size in ("tiny", "small") and not (folder / "tokenizer.json").exists():
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
         coder, byte = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
-        coder.pre_tokenizer, coder.decoder = byte(add_prefix_space=False), decoders.ByteLevel()
+        coder.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"),
+            byte(add_prefix_space=False, use_regex=False)])
+        coder.decoder = decoders.ByteLevel()
         coder.train_from_iterator(
             (x.decode(errors="replace") for name, x in pycode_files() if split_of(name) == "train"),
             trainers.BpeTrainer(vocab_size=V - 1, special_tokens=["<|endoftext|>"],
@@ -182,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default, text in (
             ("runs", "runs/code", "run folders"), ("save", "results/code-adapt.json", "the table"),
-            ("ar_steps", 2000, "of the first training"), ("steps", 6000, "of each adaptation"),
+            ("ar_steps", 600, "of the first training"), ("steps", 3000, "of each adaptation"),
             ("order", "entropy", "as cadd.py's"), ("temperature", 0.2, "of all draws"),
             ("device", "auto", "auto, cpu or cuda"), ("data_dir", "data", "as cadd.py's")):
         parser.add_argument(f"--{flag}", type=type(default), default=default, help=text)
