@@ -1,0 +1,190 @@
+"""The GPU runs that results/README.md says are still to be made, on all GPUs of a machine.
+
+    python results/rerun.py --list                    what there is, with minutes on one H100
+    python results/rerun.py claims code               these groups, one job per free GPU
+    python results/rerun.py --only mdlm27 cadd27      these jobs
+
+A job whose exit code was 0 is not made again, and each command resumes where it stopped: so the
+same line goes on after an interruption. RUNS/rerun/NAME.txt has what a job printed, RUNS/rerun/
+state.json what is done. A job that fails stops only those that need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+
+class Job(NamedTuple):
+    """Commands, one after the other, and what has to be there before. {data}, {runs}, {results}
+    are folders. Jobs of a share below 1 run beside others on a GPU."""
+
+    group: str
+    minutes: float
+    commands: str
+    needs: tuple[str, ...] = ()
+    share: float = 1.0
+
+
+E27 = "--dataset english27 --data_dir {data}"
+SMALL = f"{E27} --dim 384 --depth 6 --heads 6 --steps 3000"
+MDLM = "--hint none --embed_norm .1"
+HINTS = {  # ablations at 6 x 384: flags beside the preset's --hint_in mean --embed_norm .00866
+    "cadd": "--embed_norm .0122", "out": "--embed_norm .0122 --hint_out", "c_in": "--embed_norm "
+    ".0122 --hint_in c_in", "raw": "--embed_norm .0122 --hint_in raw", "raw-t": "--embed_norm .0122 "
+    "--hint_in raw --time_cond", "norm-1": "--embed_norm .05", "detach": "--embed_norm 0 "
+    "--detach_hints", "free": "--embed_norm 0", "masked": "--embed_norm .0122 --hint_at masked",
+    "vp": "--embed_norm .0122 --hint vp", "concat": "--embed_norm .0122 --fuse concat",
+    "reweight": "--embed_norm .0122 --fuse reweight", "mse": "--embed_norm .0122 --mse soft"}
+PIXELS = "--data_dir {data} --runs {runs} --results {results}"
+LATENT = (f"vadd.py {SMALL} --kl_ramp 1500 --bound_steps 1,8 --K 16 --eval_draws 2 "
+          "--positions --latent_at prefix --pool attention")
+AR_TEXT = f"results/ar_baseline.py {E27} --out {{runs}}/ar27 --keep best"
+PAIRS = "--dataset multi30k --data_dir {data} --out {runs}/ar-m30k"
+AR_PAIRS = f"results/ar_baseline.py {PAIRS} --dim 256 --depth 4 --keep best --save_every 250"
+BENCH = ("cadd.py --dataset cifar10", "cadd.py --dataset imagenet32 --batch_size 256",
+         "vadd.py --dataset cifar10 --batch_size 128")
+JOBS: dict[str, Job] = {
+    # CADD against MDLM at full size, then at equal entropy
+    "mdlm27": Job("claims", 11, f"cadd.py {E27} {MDLM} --out {{runs}}/mdlm27"),
+    "cadd27": Job("claims", 12, f"cadd.py {E27} --out {{runs}}/cadd27"),
+    "temperatures": Job(
+        "claims", 4, "results/temperatures.py {runs}/mdlm27 {runs}/cadd27 '{runs}/cadd27 --z0_hat "
+        "hard' --data_dir {data} --out {results}/cadd-english27-full", ("mdlm27", "cadd27")),
+    "ar27": Job("claims", 11, f"{AR_TEXT} --dropout .1 --save_every 250; {AR_TEXT} --mode eval"),
+} | {
+    # seeds of the contrast, ablations, half the budget from an MDM (C.1)
+    f"small-mdlm-{seed}": Job("seeds", 1.5, f"cadd.py {SMALL} {MDLM} --seed {seed} "
+                              f"--out {{runs}}/small-mdlm-{seed}", share=0.5) for seed in range(3)
+} | {
+    f"small-{name}-{seed}": Job("seeds" if name in ("cadd", "out") else "ablations", 1.7,
+                                f"cadd.py {SMALL} {flags} --seed {seed} "
+                                f"--out {{runs}}/small-{name}-{seed}", share=0.5)
+    for seed in range(3) for name, flags in HINTS.items()
+} | {
+    "small-tuned": Job(
+        "ablations", 2, f"cadd.py {SMALL} {MDLM} --steps 1500 --out {{runs}}/small-half; cadd.py "
+        f"{SMALL} --steps 1500 --hint_at masked --embed_norm .1 --hint_noise 11.5 "
+        "--init_from {runs}/small-half --out {runs}/small-tuned", share=0.5),
+    "latent": Job("latent", 4, f"{LATENT} --out {{runs}}/latent", share=0.5),
+    "latent-16": Job("latent", 4, f"{LATENT} --prior_below 16 --out {{runs}}/latent-16", share=0.5),
+    "toys": Job("latent", 6, "results/vadd_toys.py --methods vadd-1 --runs {runs}/toys --results "
+                "{results}", share=0.5),
+    # translation: the yardstick, its targets, both methods
+    "ar-m30k": Job("pairs", 5, f"{AR_PAIRS}; {AR_PAIRS} --mode eval --split test; {AR_PAIRS} "
+                   "--mode eval --split train", share=0.5),
+    "difformer-distilled": Job(
+        "pairs", 9, "difformer.py --dataset multi30k --data_dir {data} --distilled "
+        "{runs}/ar-m30k/translations-train.txt --out {runs}/difformer-distilled; difformer.py "
+        "--mode eval --split test --out {runs}/difformer-distilled", ("ar-m30k",), 0.5),
+    "catdm-m30k": Job("pairs", 14, "catdm.py --dataset multi30k --data_dir {data} --recon_share .25 "
+                      "--out {runs}/catdm-m30k; catdm.py --mode eval --split test "
+                      "--out {runs}/catdm-m30k", share=0.5),
+    "difformer-m30k": Job("pairs", 30, "results/difformer_multi30k.py --data_dir {data} --runs "
+                          "{runs}/difformer-m30k --out {results}", share=0.5),
+    "collapse": Job("collapse", 12, "results/catdm_collapse.py mnist english27 --data_dir {data} "
+                    "--runs {runs}/collapse --out {results}"),
+    "code": Job("code", 14, "results/code_adapt.py --runs {runs}/code --save "
+                "{results}/code-adapt.json --data_dir {data}"),
+} | {
+    f"mnist-{name}-{seed}": Job("pixels", minutes, f"results/pixels.py mnist --only {name} "
+                                f"--seeds {seed} {PIXELS} --steps {{steps}}")
+    for seed in (0, 1) for name, minutes in (("vadd-ours", 13), ("vadd", 13), ("cadd", 6),
+                                             ("mdlm", 5))
+} | {
+    "mnist": Job("pixels", 3, f"results/pixels.py mnist --seeds 0,1 {PIXELS} --steps {{steps}}",
+                 tuple(f"mnist-{n}-{s}" for s in (0, 1) for n in ("vadd-ours", "vadd", "cadd",
+                                                                  "mdlm"))),
+} | {
+    f"photos-{name}": Job("pixels", 6, f"results/pixels.py folder --only {name} --dataset {{photos}} "
+                          f"{PIXELS} --steps {{steps}}") for name in ("mdlm", "cadd")
+} | {
+    "photos": Job("pixels", 4, f"results/pixels.py folder --dataset {{photos}} {PIXELS} --steps "
+                  "{steps} --samples 500", ("photos-mdlm", "photos-cadd")),
+    "u-nets": Job("bench", 12, "; ".join(f"{b} --mode bench --bench_steps 8; {b} --mode bench "
+                                         "--bench_steps 8 --no-compile" for b in BENCH)),
+}
+
+
+def start(name: str, gpu: int, args: argparse.Namespace, folders: dict) -> subprocess.Popen:
+    """The job's commands in one shell on one GPU; the first that fails ends it."""
+    words = JOBS[name].commands.format(**folders)
+    shell = " && ".join(f"{sys.executable} {ROOT}/{part.strip()}" for part in words.split(";"))
+    log = open(args.runs / "rerun" / f"{name}.txt", "a")
+    print(f"GPU {gpu}: {name}", flush=True)
+    return subprocess.Popen(["bash", "-c", shell], stdout=log, stderr=subprocess.STDOUT,
+                            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)})
+
+
+def main(args: argparse.Namespace, names: list[str]) -> None:
+    folders = {k: str(getattr(args, k).resolve()) for k in ("runs", "results", "photos")} | dict(
+        data=str(args.data_dir.resolve()), steps=args.steps)
+    file = args.runs / "rerun/state.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = json.loads(file.read_text()) if file.exists() else {}
+    done = {name for name, x in state.items() if x["code"] == 0}
+    waiting = [name for name in names if name not in done]
+    room, running, failed = [1.0] * max(1, args.gpus or torch.cuda.device_count()), {}, set()
+    while waiting or running:
+        for name, (process, gpu, begin) in list(running.items()):
+            if (code := process.poll()) is not None:
+                del running[name]
+                room[gpu] += JOBS[name].share
+                (failed if code else done).add(name)
+                state[name] = dict(code=code, seconds=round(time.time() - begin), gpu=gpu)
+                common.write_json(file, state)
+                print(f"{name}: {'failed, see its log' if code else 'done'} after "
+                      f"{state[name]['seconds']} s", flush=True)
+        for name in list(waiting):
+            job = JOBS[name]
+            if lost := [n for n in job.needs if n not in (*done, *waiting, *running)]:
+                print(f"{name}: not made, it needs {', '.join(lost)}", flush=True)
+                failed.add(name)
+                waiting.remove(name)
+            elif done.issuperset(job.needs) and max(room) > job.share - 1e-6:
+                gpu = min((g for g in range(len(room)) if room[g] > job.share - 1e-6),
+                          key=lambda g: room[g])
+                room[gpu] -= job.share
+                running[name] = start(name, gpu, args, folders), gpu, time.time()
+                waiting.remove(name)
+        time.sleep(args.pause)
+    if failed:
+        raise common.RunError(f"failed or not made: {', '.join(sorted(failed))}; the same command "
+                              "tries them again")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = list(dict.fromkeys(job.group for job in JOBS.values()))
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(groups)}; default: all")
+    parser.add_argument("--only", nargs="+", default=[], metavar="JOB", help="these jobs")
+    parser.add_argument("--list", action="store_true", help="say what there is, and end")
+    parser.add_argument("--steps", type=int, default=10_000, help="of each run on pixels")
+    parser.add_argument("--photos", type=Path, default=Path("data/photos"), help="folder of images")
+    parser.add_argument("--gpus", type=int, default=0, help="use so many; 0: all")
+    parser.add_argument("--pause", type=float, default=1.0, help=argparse.SUPPRESS)
+    for folder in ("data_dir", "runs", "results"):
+        parser.add_argument(f"--{folder}", type=Path, default=Path(folder.removesuffix("_dir")))
+    args = parser.parse_args()
+    if unknown := [x for x in args.groups if x not in groups] + [
+            x for x in args.only if x not in JOBS]:
+        parser.error(f"unknown: {', '.join(unknown)}; --list says what there is")
+    names = args.only or [n for n, job in JOBS.items() if job.group in (args.groups or groups)]
+    if args.list:
+        for name in names:
+            print(f"{JOBS[name].group:10s} {JOBS[name].minutes:4g} min  {name}")
+    else:
+        common.run_main(main, args, names)
