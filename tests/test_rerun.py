@@ -1,16 +1,21 @@
-"""results/rerun.py: the queue of GPU runs."""
+"""results/rerun.py: the queue of GPU runs, and results/gpt2_text.py, which it asks for."""
 
 import argparse
 import importlib
 import json
 import re
 import shlex
+import zipfile
+from types import SimpleNamespace
 
+import gpt2_text
+import numpy as np
 import pytest
 import rerun
 from conftest import ROOT
 
 import common
+import data as data_module
 from common import RunError
 
 FOLDERS = dict(data="data", runs="runs", results="results", photos="photos", steps="10")
@@ -25,7 +30,8 @@ def queue(tmp_path, names, gpus=2, **more):
 def test_each_job_is_one_that_the_parsers_take(tmp_path, monkeypatch):
     """Scripts exist, needs are jobs, and flags of trainings and their values are checked."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
+    for folder in ("photos", "data/nltk-gpt2"):
+        (tmp_path / folder).mkdir(parents=True)
     parsed = 0
     for name, job in rerun.JOBS.items():
         assert set(job.needs) <= set(rerun.JOBS) - {name} and 0 < job.share <= 1
@@ -92,3 +98,26 @@ def test_a_job_ends_with_its_first_failing_command(tmp_path, monkeypatch):
         queue(tmp_path, ["a", "b"])
     assert (tmp_path / "rerun/a.txt").read_text() == f"said ['{tmp_path}', '10']\n"
     assert not (tmp_path / "rerun/b.txt").exists()
+
+
+def test_nltk_text_in_gpt2s_tokens(tmp_path, monkeypatch):
+    """Documents keep capitals and lines, lose tags, end with the end token; short ones and READMEs
+    go; the folder is one that load_dataset takes."""
+    (tmp_path / "nltk").mkdir()
+    text = "The Dog said\n\n<b>no</b>  to 42 Cats. " * 8
+    for name, file in (("abc", "abc/a.txt"), ("pil", "pil/x.sgml")):
+        with zipfile.ZipFile(tmp_path / f"nltk/{name}.zip", "w") as archive:
+            for path, content in ((file, text), (f"{name}/README", text), (file + "2", "short")):
+                archive.writestr(path, content)
+    monkeypatch.setattr(data_module, "ENGLISH27_ARCHIVES", ["abc", "pil"])
+    coder = SimpleNamespace(encode_ordinary=lambda x: list(x.encode()), eot_token=256, n_vocab=257)
+    monkeypatch.setattr(gpt2_text.tiktoken, "get_encoding", lambda name: coder)
+    gpt2_text.main(argparse.Namespace(data_dir=tmp_path, out=None))
+    made = data_module.load_dataset(str(tmp_path / "nltk-gpt2"), tmp_path, 16)
+    assert (made.vocab_size, made.eos_id) == (257, 256)
+    ids = np.concatenate([made.splits[split] for split in ("train", "valid", "test")])
+    documents = bytes(min(i, 255) for i in ids).split(b"\xff")
+    kept = b"The Dog said\n\n<b>no</b> to 42 Cats."
+    want = {b" ".join([x] * 8) for x in (kept, kept.replace(b"<b>no</b>", b" no"))}
+    assert set(documents) == want | {b""}
+    assert len(made.splits["valid"]) == len(ids) * 95 // 100 - len(ids) * 90 // 100
