@@ -17,6 +17,7 @@ import types
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import common
@@ -601,6 +602,22 @@ def test_gradients_wait_for_the_last_micro_batch():
         with ddp(0, world).no_sync(net, last) as state:
             calls.append(state)
     assert calls == [None, None, "not yet", None]
+
+
+def test_gradients_travel_in_one_bucket():
+    """Four layers of 9 MiB, in several by default. DDP chooses buckets after the first step and
+    tells of them two steps later."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(1536, 1536, bias=False) for _ in range(4)))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = ddp(0, 2).wrap(model, True)
+        for _ in range(3):
+            net(torch.ones(1, 1536)).sum().backward()
+        facts = net._get_ddp_logging_data()
+    finally:
+        dist.destroy_process_group()
+    assert facts["has_rebuilt_buckets"] == 1
+    assert facts["rebuilt_bucket_sizes"] == str(4 * 9 * 2**20)
 
 
 def test_any_rank_is_enough():
