@@ -141,7 +141,7 @@ def generate(model: nn.Module, x: Tensor, mask_id: int, count: int, temperature:
     left = torch.stack([F.pad(row[:g], (n - g, 0)) for row, g in zip(x, given)])
     seen = torch.stack([torch.arange(n, device=x.device) >= n - g for g in given]).long()
     y = model.generate(left, attention_mask=seen, do_sample=True, top_k=0, pad_token_id=0,
-                       temperature=temperature, max_new_tokens=count)
+                       temperature=max(temperature, 1e-8), max_new_tokens=count)
     x = torch.where(x == mask_id, 0, x)
     for row, g, new in zip(x, given, y[:, n:]):
         row[g:g + len(new)] = new
