@@ -141,3 +141,10 @@ def test_one_method_alone_is_trained_and_scored_once(pixel_runs, tmp_path):
     assert [x[x.index("--eval_sequences") + 1] for x in rest if "--save" in x] == ["0", "2000", "0"]
     assert list(json.loads((tmp_path / "results/pixels-mnist.json").read_text())) == [
         "plain, seed 0", *(f"{name}, seed 0" for name in pixels.MNIST)]
+
+
+def test_a_name_that_is_no_method_is_refused(pixel_runs, capsys):
+    for flags in (["mnist", "--only", "mdml"], ["folder", "--dataset", "x", "--only", "vadd"]):
+        with pytest.raises(SystemExit) as error:
+            pixel_runs(*flags)
+        assert error.value.code == 2 and "mdlm" in capsys.readouterr().err
