@@ -549,7 +549,9 @@ def _cross_entropy_chunk(h, w, b, target, scale, dw, db):
     return nll, g @ w
 
 
-_cross_entropy_chunk_compiled = torch.compile(_cross_entropy_chunk, dynamic=False)
+@functools.cache  # when it is first needed: to load the compiler takes two seconds
+def _cross_entropy_chunk_compiled():
+    return torch.compile(_cross_entropy_chunk, dynamic=False)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -567,7 +569,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         b = F.pad(bias.to(full), (0, pad), value=-math.inf)  # the padding has probability 0
         dw = torch.zeros_like(w, dtype=full) if need_grad else None
         db = torch.zeros_like(b) if need_grad else None
-        chunk = _cross_entropy_chunk_compiled if compiled else _cross_entropy_chunk
+        chunk = _cross_entropy_chunk_compiled() if compiled else _cross_entropy_chunk
         parts = zip(h.to(dtype).chunk(chunks), target.chunk(chunks), scale.chunk(chunks))
         nll, dh = zip(*[chunk(h_i, w, b, t_i, s_i, dw, db) for h_i, t_i, s_i in parts])
         nll = torch.cat(nll)

@@ -141,6 +141,21 @@ def memory_plan(size: str, gpus: int, B: int, L: int) -> dict:
                 sum=round(sum(gib.values()), 1))
 
 
+def generate(model: nn.Module, x: Tensor, mask_id: int, count: int, temperature: float):
+    """Yields x with up to `count` tokens after each row's prompt, which gaps follow: zeros fill
+    the rest. The model gets prompts on the right, so that all rows begin to write at once."""
+    given = (x != mask_id).sum(1).tolist()
+    n = max(given)
+    left = torch.stack([F.pad(row[:g], (n - g, 0)) for row, g in zip(x, given)])
+    seen = torch.stack([torch.arange(n, device=x.device) >= n - g for g in given]).long()
+    y = model.generate(left, attention_mask=seen, do_sample=True, top_k=0, pad_token_id=0,
+                       temperature=max(temperature, 1e-8), max_new_tokens=count)
+    x = torch.where(x == mask_id, 0, x)
+    for row, g, new in zip(x, given, y[:, n:]):
+        row[g:g + len(new)] = new
+    yield x
+
+
 def complete(args: argparse.Namespace, runs: Path, more: list[str]) -> dict[tuple, Path]:
     """Trains and samples what is not there yet -> (method, steps): completions.jsonl."""
     cfg = common.parse_config(cadd, [*more, "--backbone", str(runs / "shape"), "--steps", str(
@@ -151,24 +166,13 @@ def complete(args: argparse.Namespace, runs: Path, more: list[str]) -> dict[tupl
     common.write_jsonl(runs / "functions.jsonl", held_out(4 if args.tiny else 256, data))
     run = train_ar(cfg, ddp, data)
 
-    def generate(x: Tensor):
-        given = (x != data.mask_id).sum(1).tolist()
-        n = max(given)
-        left = torch.stack([F.pad(row[:g], (n - g, 0)) for row, g in zip(x, given)])
-        seen = torch.stack([torch.arange(n, device=x.device) >= n - g for g in given]).long()
-        y = model.generate(left, attention_mask=seen, do_sample=True, top_k=0, pad_token_id=0,
-                           temperature=args.temperature, max_new_tokens=cfg.completion)
-        x = torch.where(x == data.mask_id, 0, x)
-        for row, g, new in zip(x, given, y[:, n:]):
-            row[g:g + len(new)] = new
-        yield x
-
     with run.ema.swapped_in() as model:
         model.eval().save_pretrained(runs / "model")
         (runs / "model/tokenizer.json").write_bytes((runs / "shape/tokenizer.json").read_bytes())
         found["ar", cfg.completion] = runs / f"ar/{args.temperature}.jsonl"
         if not found["ar", cfg.completion].exists():
-            common.complete(cfg, data, ddp, generate)
+            common.complete(cfg, data, ddp, lambda x: generate(
+                model, x, data.mask_id, cfg.completion, args.temperature))
             (runs / "ar/completions.jsonl").rename(found["ar", cfg.completion])
     for method, flags in {"mdm": ["--hint", "none"], "cadd": []}.items():
         out = runs / method

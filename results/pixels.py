@@ -72,6 +72,8 @@ def main() -> None:
         parser.error("folder needs --dataset")
     methods, dataset = (MNIST, args.dataset or "mnist-binary") if args.what == "mnist" else (
         FOLDER, args.dataset)
+    if args.only not in ("", *methods):
+        parser.error(f"--only {args.only} is not one of {', '.join(methods)}")
     steps, samples = (10, 80) if args.tiny else (args.steps, args.samples)
     figure, grades = ("1,2", "2") if args.tiny else ("1,5,10,20,100", "5,10,20,100")
     where = ["--data_dir", args.data_dir]

@@ -57,7 +57,7 @@ def table(args: argparse.Namespace) -> None:
         row = dict(scaling=kind, **bench(script, gpus, [
             "--batch_size", str(batch * gpus if kind == "weak" else batch), "--device",
             args.device, *(TINY if args.tiny else [])]))
-        rows = [x for x in rows if x["command"] != row["command"]] + [row]
+        rows = [x for x in rows if (x["scaling"], x["command"]) != (kind, row["command"])] + [row]
         print(f"{row['command']}: {row['tokens_per_s']:,} tokens/s", flush=True)
         alone = {(x["scaling"], x["method"]): x["tokens_per_s"] for x in rows if x["gpus"] == 1}
         for x in rows:

@@ -395,6 +395,21 @@ def test_statements_are_of_the_first_function_alone(text, want):
     assert code_adapt.statements(text) == want
 
 
+def test_prompts_of_different_length_in_one_batch_do_not_see_each_other(qwen):
+    """At temperature 0 each row is its prompt with the likeliest tokens after it, as found for it
+    alone, up to an end token (0)."""
+    model, mask, count = package(qwen()), 270, 6
+    torch.manual_seed(3)
+    prompts = [torch.randint(1, 250, (n,)).tolist() for n in (3, 9, 5)]
+    x = torch.tensor([p + [mask] * (9 + count - len(p)) for p in prompts])
+    found, = code_adapt.generate(model, x, mask, count, 0.0)
+    for prompt, row in zip(prompts, found.tolist()):
+        want = list(prompt)
+        while want[-1] and len(want) < len(prompt) + count:
+            want.append(model(torch.tensor([want])).logits[0, -1].argmax().item())
+        assert row == want + [0] * (len(row) - len(want))
+
+
 def test_a_small_model_learns_is_adapted_and_completes(qwen, sources, tmp_path, monkeypatch):
     """The whole table with the smallest model, twice: what is there is not made again."""
     functions = b"".join(b"def f%d(x):\n    y = x\n    return y\n\n\n" % i for i in range(3))

@@ -6,18 +6,23 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 import types
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import common
 from common import RunError, arg, free
-from conftest import log_of
+from conftest import ONE_THREAD, ROOT, log_of
 
 
 def ddp(rank=0, world=1):
@@ -509,6 +514,72 @@ def test_main_turns_errors_into_one_line(capsys):
     assert error.value.code == 1 and capsys.readouterr().err == "error: do this\n"
 
 
+def test_the_process_group_is_left_after_a_run_but_not_after_an_error(monkeypatch):
+    """It waits for the other ranks, which after an error on one still train."""
+    left = []
+    monkeypatch.setattr(common, "dist", types.SimpleNamespace(
+        is_initialized=lambda: True, destroy_process_group=lambda: left.append("left")))
+
+    def fail(error):
+        raise error
+    for error, shown in [(RuntimeError, RuntimeError), (RunError, SystemExit),
+                         (KeyboardInterrupt, SystemExit)]:
+        with pytest.raises(shown):
+            common.run_main(fail, error("why"))
+    assert left == []
+    common.run_main(lambda: None)
+    assert left == ["left"]
+
+
+TWO_FAILURES = """
+import os, signal, sys, common
+
+# As NCCL's, which waits for the other ranks; gloo's does not.
+common.dist.destroy_process_group = signal.pause
+
+def fails(error):
+    ddp = common.DDP.start(common.RunConfig(device="cpu"))
+    ddp.any(False)  # both are there
+    if ddp.rank == 1:
+        raise error
+    ddp.any(False)  # waits
+
+ranks = {}
+for port, error in zip(sys.argv[1:], (RuntimeError("no memory"), common.RunError("do this"))):
+    for rank in (0, 1):
+        ranks[pid := os.fork()] = rank
+        if pid == 0:
+            os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
+                              MASTER_PORT=port)
+            with open(sys.argv[3] + f"/{type(error).__name__}-{rank}", "w") as file:
+                os.dup2(file.fileno(), 2)
+            common.run_main(fails, error)
+            sys.exit(0)
+codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, rank in ranks.items() if rank]
+[os.kill(pid, signal.SIGKILL) for pid, rank in ranks.items() if not rank]  # as torchrun ends it
+print(codes)
+"""
+
+
+def test_a_rank_that_fails_says_so_and_ends_while_another_waits(tmp_path):
+    """Any error with its traceback, a RunError in one line; neither waits for the other rank. The
+    four processes are forked from one, which has imported torch."""
+    with socket.socket() as one, socket.socket() as two:
+        ports = [s.bind(("localhost", 0)) or str(s.getsockname()[1]) for s in (one, two)]
+    with subprocess.Popen([sys.executable, "-c", TWO_FAILURES, *ports, str(tmp_path)], cwd=ROOT,
+                          env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, start_new_session=True) as process:
+        try:
+            printed, errors = process.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert printed == "[1, 1]\n", errors
+    said = (tmp_path / "RuntimeError-1").read_text()
+    assert "Traceback" in said and said.endswith("RuntimeError: no memory\n")
+    assert (tmp_path / "RunError-1").read_text() == "error: do this\n"
+
+
 def test_flag_value_refuses_nan_bounds():
     field = next(f for f in dataclasses.fields(Toy) if f.name == "rate")
     with pytest.raises(argparse.ArgumentTypeError):
@@ -531,6 +602,22 @@ def test_gradients_wait_for_the_last_micro_batch():
         with ddp(0, world).no_sync(net, last) as state:
             calls.append(state)
     assert calls == [None, None, "not yet", None]
+
+
+def test_gradients_travel_in_one_bucket():
+    """Four layers of 9 MiB, in several by default. DDP chooses buckets after the first step and
+    tells of them two steps later."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(1536, 1536, bias=False) for _ in range(4)))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = ddp(0, 2).wrap(model, True)
+        for _ in range(3):
+            net(torch.ones(1, 1536)).sum().backward()
+        facts = net._get_ddp_logging_data()
+    finally:
+        dist.destroy_process_group()
+    assert facts["has_rebuilt_buckets"] == 1
+    assert facts["rebuilt_bucket_sizes"] == str(4 * 9 * 2**20)
 
 
 def test_any_rank_is_enough():

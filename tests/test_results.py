@@ -1,0 +1,150 @@
+"""results/scaling.py and results/pixels.py, whose commands are stubbed: nothing is trained."""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import common
+import pixels
+import scaling
+
+# ------------------------------------------------------------------------- results/scaling.py
+
+
+@pytest.mark.parametrize("intervals, want", [
+    ([], 0), ([(2, 5)], 3), ([(2, 5), (5, 6)], 4), ([(0, 10), (2, 3), (4, 5)], 10),
+    ([(4, 6), (0, 1), (5, 9), (0.5, 2)], 7), ([(1, 4), (1, 2), (6, 7), (6, 6.5)], 4)])
+def test_length_is_of_the_union(intervals, want):
+    """What overlaps, touches or lies within another counts once; any order."""
+    assert scaling.length(intervals) == want
+
+
+def test_unions_equal_brute_force():
+    """On a grid of cells, of which each interval covers some."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        begin, size = rng.integers(0, 30, 8), rng.integers(1, 9, 8)
+        cells = np.zeros(41, int)
+        for b, n in zip(begin, size):
+            cells[b:b + n] = 1
+        edges = np.diff(cells, prepend=0)
+        intervals = list(zip(begin.tolist(), (begin + size).tolist()))
+        assert scaling.length(intervals) == cells.sum()
+        begins, ends = scaling.busy(intervals)
+        assert begins.tolist() == np.flatnonzero(edges == 1).tolist()
+        assert ends.tolist() == np.flatnonzero(edges == -1).tolist()
+
+
+def test_rows_are_kept_at_once_replaced_by_command_and_compared_with_one_gpu(tmp_path, monkeypatch):
+    """Efficiency is speed per GPU over one GPU's, weak and strong apart. Two GPUs that fail leave
+    what is measured; two measured before one have theirs as soon as one is measured."""
+    file, speed, asked = tmp_path / "scaling.json", {}, []
+
+    def bench(script, gpus, flags):
+        batch = int(flags[flags.index("--batch_size") + 1])
+        asked.append((script, gpus, batch, flags[-len(scaling.TINY):] == scaling.TINY))
+        if (gpus, batch) not in speed:
+            raise common.RunError("no memory")
+        return dict(command=f"{script} {gpus} {batch}", gpus=gpus, method=script[:-3],
+                    tokens_per_s=speed[gpus, batch])
+
+    def table(*gpus):
+        scaling.table(argparse.Namespace(scripts=["cadd.py"], gpus=gpus, out=file, tiny=True,
+                                         device="cpu"))
+        return [(x["scaling"], x["command"], x["tokens_per_s"], x.get("efficiency"))
+                for x in json.loads(file.read_text())]
+
+    monkeypatch.setattr(scaling, "bench", bench)
+    speed[2, 4] = 150
+    with pytest.raises(common.RunError, match="no memory"):
+        table(2)
+    assert [x["tokens_per_s"] for x in json.loads(file.read_text())] == [150]
+    speed[2, 8], speed[1, 2], speed[1, 8] = 300, 100, 200
+    weak, strong = (("weak", "cadd.py 2 4", 150, 0.75), ("strong", "cadd.py 2 8", 300, 0.75))
+    assert table(2) == [(*x[:3], None) for x in (weak, strong)]
+    assert table(1) == [weak, strong, ("weak", "cadd.py 1 2", 100, 1),
+                        ("strong", "cadd.py 1 8", 200, 1)]
+    speed[2, 8] = 360
+    assert table(2) == [("weak", "cadd.py 1 2", 100, 1), ("strong", "cadd.py 1 8", 200, 1),
+                        weak, ("strong", "cadd.py 2 8", 360, 0.9)]
+    speed[4, 8] = 400  # one batch is both kinds' here
+    assert table(4)[4:] == [("weak", "cadd.py 4 8", 400, 1), ("strong", "cadd.py 4 8", 400, 0.5)]
+    assert asked == [("cadd.py", g, b, True) for g, b in [
+        (2, 4), (2, 8), (2, 4), (2, 8), (1, 2), (1, 8), (2, 4), (2, 8), (4, 8), (4, 8)]]
+
+
+def test_bench_reads_the_line_or_shows_what_went_wrong(tmp_path, monkeypatch):
+    """The command that is kept has one process, or torchrun's."""
+    for gpus, how in [(1, "python"), (2, "torchrun --nproc_per_node 2")]:
+        said, seen = ["resuming", '{"tokens_per_s": 7}', ""], []
+        monkeypatch.setattr(scaling.subprocess, "run", lambda command, **_: seen.append(
+            command) or argparse.Namespace(stdout="\n".join(said), stderr="no GPU", returncode=0))
+        assert scaling.bench("vadd.py", gpus, ["--x", "1"]) == dict(
+            command=f"{how} vadd.py --dataset owt --mode bench --x 1", gpus=gpus, tokens_per_s=7)
+        assert ("torch.distributed.run" in seen[0]) == (gpus == 2)
+        assert seen[0][-7:] == [str(scaling.ROOT / "vadd.py"), "--dataset", "owt", "--mode",
+                                "bench", "--x", "1"]
+        said.clear()
+        with pytest.raises(common.RunError, match="no GPU"):
+            scaling.bench("vadd.py", gpus, [])
+
+
+# ------------------------------------------------------------------------- results/pixels.py
+
+
+@pytest.fixture()
+def pixel_runs(tmp_path, monkeypatch):
+    """pixel_runs(FLAGS) -> the commands that results/pixels.py gives, each [script, flags]; they
+    leave what it reads of them."""
+    def go(*flags):
+        commands = []
+
+        def python(script, *words):
+            words = [str(word) for word in words]
+            commands.append([script, *words])
+            value = dict(zip(words, words[1:]))
+            out = tmp_path / value["--out"]
+            out.mkdir(parents=True, exist_ok=True)
+            if "--save" in value:
+                (tmp_path / value["--save"]).write_text(json.dumps(dict(figures={}, step=10)))
+            (out / "result.json").write_text(json.dumps(dict(config={})))
+            (out / "log.jsonl").write_text("")
+            (out / "images.json").write_text("{}")
+            (out / "images.png").write_bytes(b"png")
+        monkeypatch.setattr(pixels, "python", python)
+        monkeypatch.setattr(sys, "argv", ["pixels.py", *flags, "--runs", str(tmp_path / "runs"),
+                                          "--results", str(tmp_path / "results")])
+        pixels.main()
+        return commands
+    return go
+
+
+def test_one_method_alone_is_trained_and_scored_once(pixel_runs, tmp_path):
+    """--only: neither samples nor a table, as others may still train. The same command trains on,
+    where it stopped, and does not score again; without --only the score is not made again."""
+    out = tmp_path / "runs/pixels-mnist-vadd-20000-seed-0"
+    train, score = pixel_runs("mnist", "--only", "vadd")
+    assert train[:3] == ["vadd.py", "--dataset", "mnist-binary"] and "--mode" not in train
+    assert train[train.index("--out") + 1] == str(out) and "--kl_ramp" in train
+    assert score[:3] == ["vadd.py", "--mode", "eval"] and "test" in score
+    assert score[score.index("--save") + 1] == str(out / "eval-test.json")
+    assert score[score.index("--eval_sequences") + 1] == "2000"
+    assert not (tmp_path / "results").exists()
+    assert pixel_runs("mnist", "--only", "vadd") == [train]
+    rest = pixel_runs("mnist")
+    scored = [x[x.index("--save") + 1].split("/")[-2].split("-20000")[0] for x in rest
+              if "--save" in x]
+    assert scored == ["pixels-mnist-mdlm", "pixels-mnist-vadd-ours", "pixels-mnist-cadd"]
+    assert [x[x.index("--eval_sequences") + 1] for x in rest if "--save" in x] == ["0", "2000", "0"]
+    assert list(json.loads((tmp_path / "results/pixels-mnist.json").read_text())) == [
+        "plain, seed 0", *(f"{name}, seed 0" for name in pixels.MNIST)]
+
+
+def test_a_name_that_is_no_method_is_refused(pixel_runs, capsys):
+    for flags in (["mnist", "--only", "mdml"], ["folder", "--dataset", "x", "--only", "vadd"]):
+        with pytest.raises(SystemExit) as error:
+            pixel_runs(*flags)
+        assert error.value.code == 2 and "mdlm" in capsys.readouterr().err
