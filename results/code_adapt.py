@@ -6,10 +6,11 @@
                                                     and the memory that it, and 7B on 8 GPUs, need
 
 A small model of Qwen2's class learns pycode autoregressively (RUNS/ar, then RUNS/model in the form
-of the transformers package); cadd.py --backbone adapts it, as MDM and as CADD. Each completes
-functions of held-out files after signature and docstring. "parses": the share of functions, cut
-before the first line that is not indented, that ast.parse takes and that have a statement of the
-model's; nothing is run. "lines" of a completion, on average: one that says little parses easily.
+of the transformers package); cadd.py --backbone adapts it as MDM and as CADD, with the paper's
+hints and with weak ones. Each completes functions of held-out files after signature and docstring.
+"parses": the share of functions, cut before the first line that is not indented, that ast.parse
+takes and that have a statement of the model's; nothing is run. "lines" of a completion, on average:
+one that says little parses easily.
 """
 
 import argparse
@@ -37,6 +38,8 @@ SMALL = ("--length 640 --batch_size 64 --micro_batch 64 --lr 1e-3 --warmup 200 -
 TINY = ("--length 32 --batch_size 4 --micro_batch 4 --anneal 2 --log_every 1 --eval_sequences 2 "
         "--sample_steps 2")
 
+# Weak hints: the embeddings' norm is near 1, the noise four times as large.
+METHODS = {"mdm": "--hint none", "cadd": "", "cadd-weak": "--hint_noise 4"}
 # Qwen2.5's words: a line's end never joins the next one's indentation. Else a prompt that ends with
 # a line would be cut as no text that the model has seen.
 QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -164,19 +167,22 @@ def complete(args: argparse.Namespace, runs: Path, more: list[str]) -> dict[tupl
     ddp = common.DDP.start(cfg)
     data, found = cadd.load(cfg), {}
     common.write_jsonl(runs / "functions.jsonl", held_out(4 if args.tiny else 256, data))
-    run = train_ar(cfg, ddp, data)
-
-    with run.ema.swapped_in() as model:
-        model.eval().save_pretrained(runs / "model")
-        (runs / "model/tokenizer.json").write_bytes((runs / "shape/tokenizer.json").read_bytes())
-        found["ar", cfg.completion] = runs / f"ar/{args.temperature}.jsonl"
-        if not found["ar", cfg.completion].exists():
-            common.complete(cfg, data, ddp, lambda x: generate(
-                model, x, data.mask_id, cfg.completion, args.temperature))
-            (runs / "ar/completions.jsonl").rename(found["ar", cfg.completion])
-    for method, flags in {"mdm": ["--hint", "none"], "cadd": []}.items():
+    if args.only in ("", "ar"):
+        run = train_ar(cfg, ddp, data)
+        with run.ema.swapped_in() as model:
+            model.eval().save_pretrained(runs / "model")
+            tokenizer = (runs / "shape/tokenizer.json").read_bytes()
+            (runs / "model/tokenizer.json").write_bytes(tokenizer)
+            found["ar", cfg.completion] = runs / f"ar/{args.temperature}.jsonl"
+            if not found["ar", cfg.completion].exists():
+                common.complete(cfg, data, ddp, lambda x: generate(
+                    model, x, data.mask_id, cfg.completion, args.temperature))
+                (runs / "ar/completions.jsonl").rename(found["ar", cfg.completion])
+    for method, flags in METHODS.items():
+        if args.only not in ("", method):
+            continue
         out = runs / method
-        common.main(cadd, [*more, *flags, "--backbone", str(runs / "model"), "--steps",
+        common.main(cadd, [*more, *flags.split(), "--backbone", str(runs / "model"), "--steps",
                            str(args.steps), "--out", str(out)])
         for steps in (2, 4) if args.tiny else (32, 64, 128, 512):
             found[method, steps] = out / f"{args.order}-{args.temperature}-{steps}.jsonl"
@@ -196,6 +202,7 @@ def main(argv: list[str] | None = None) -> None:
             ("runs", "runs/code", "run folders"), ("save", "results/code-adapt.json", "the table"),
             ("ar_steps", 600, "of the first training"), ("steps", 3000, "of each adaptation"),
             ("order", "entropy", "as cadd.py's"), ("temperature", 0.2, "of all draws"),
+            ("only", "", f"one of ar, {', '.join(METHODS)}, which need ar: one a GPU, no table"),
             ("device", "auto", "auto, cpu or cuda"), ("data_dir", "data", "as cadd.py's")):
         parser.add_argument(f"--{flag}", type=type(default), default=default, help=text)
     parser.add_argument("--tiny", action="store_true", help="a smoke test")
@@ -210,10 +217,11 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps({"plan_gib": memory_plan(*plan)}), flush=True)
         return common.main(cadd, [*more, "--mode", "bench", "--backbone", str(runs / args.bench),
                                   "--length", str(L), "--batch_size", str(B)])
+    if args.only not in ("", "ar", *METHODS):
+        parser.error(f"--only {args.only} is not one of ar, {', '.join(METHODS)}")
     write_shape(runs / "shape", "tiny" if args.tiny else "small")
-    rows = []
-    for (method, steps), file in complete(
-            args, runs, [*more, *(TINY if args.tiny else SMALL).split()]).items():
+    rows, found = [], complete(args, runs, [*more, *(TINY if args.tiny else SMALL).split()])
+    for (method, steps), file in found.items() if not args.only else ():
         tasks, made = ([json.loads(line) for line in path.read_text().splitlines()]
                        for path in (runs / "functions.jsonl", file))
         texts = [(x["prompt"], x["prompt"] + x["completion"], int(t["told"]))
@@ -222,10 +230,11 @@ def main(argv: list[str] | None = None) -> None:
         lines = sum(function(y).rstrip().count("\n") + 1 - x.count("\n") for x, y, _ in texts) / n
         rows.append(dict(method=method, steps=steps, parses=share, functions=n, lines=lines,
                          stderr=math.sqrt(share * (1 - share) / n)))
-        print("{method:5s} {steps:4d} steps: {parses:.1%} ± {stderr:.1%} of {functions} parse, "
+        print("{method:9s} {steps:4d} steps: {parses:.1%} ± {stderr:.1%} of {functions} parse, "
               "{lines:.1f} lines".format(**rows[-1]))
-    common.write_json(Path(args.save), dict(
-        **{k: v for k, v in vars(args).items() if k not in ("runs", "data_dir", "save")}, rows=rows,
+    rows and common.write_json(Path(args.save), dict(
+        **{k: v for k, v in vars(args).items() if k not in ("runs", "data_dir", "save", "only")},
+        rows=rows,
         **common.environment(common.DDP.start(cadd.Config(device=args.device)))))
 
 

@@ -4,7 +4,7 @@
     python cadd.py --dataset data/nltk-gpt2 ... see results/rerun.py, group vocabulary
 
 The documents are english27's as they are written: capitals, digits and punctuation stay. Each ends
-with GPT-2's end token; the shuffled whole is split 90/5/5. pip install tiktoken, 17 MB of downloads.
+with GPT-2's end token; the shuffled whole is split 90/5/5. 17 MB of downloads.
 """
 
 import argparse

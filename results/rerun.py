@@ -42,18 +42,21 @@ E27 = "--dataset english27 --data_dir {data}"
 SMALL = f"{E27} --dim 384 --depth 6 --heads 6 --steps 3000"
 MDLM = "--hint none --embed_norm .1"
 HINTS = {  # ablations at 6 x 384: flags beside the preset's --hint_in mean --embed_norm .00866
-    "cadd": "--embed_norm .0122", "out": "--embed_norm .0122 --hint_out", "c_in": "--embed_norm "
-    ".0122 --hint_in c_in", "raw": "--embed_norm .0122 --hint_in raw", "raw-t": "--embed_norm .0122 "
-    "--hint_in raw --time_cond", "norm-1": "--embed_norm .05", "detach": "--embed_norm 0 "
+    "cadd": "--embed_norm .0122", "out": "--embed_norm .0122 --hint_out",
+    "c_in": "--embed_norm .0122 --hint_in c_in", "raw": "--embed_norm .0122 --hint_in raw",
+    "raw-t": "--embed_norm .0122 --hint_in raw --time_cond", "norm-1": "--embed_norm .05", "detach": "--embed_norm 0 "
     "--detach_hints", "free": "--embed_norm 0", "masked": "--embed_norm .0122 --hint_at masked",
     "vp": "--embed_norm .0122 --hint vp", "concat": "--embed_norm .0122 --fuse concat",
     "reweight": "--embed_norm .0122 --fuse reweight", "mse": "--embed_norm .0122 --mse soft"}
 VOCABULARY = {  # at GPT-2's
     "mdlm": MDLM, "paper": "--paper", "c_in": "--hint_in c_in --embed_norm .0122",
     "mean": "--hint_in mean --embed_norm .0122"}
-GPT2 = ("cadd.py --dataset {data}/nltk-gpt2 --dim 384 --depth 6 --heads 6 --length 512 --batch_size "
-        "128 --micro_batch 64 --steps 1500 --lr 1e-3 --hint_noise 1 --no-hint_out --samples 64 "
+GPT2 = ("cadd.py --dataset {data}/nltk-gpt2 --dim 384 --depth 6 --heads 6 --length 512 "
+        "--batch_size 128 --micro_batch 64 --steps 1500 --lr 1e-3 --hint_noise 1 --no-hint_out --samples 64 "
         "--temperature 1 --sample_steps 128 --eval_draws 2 --eval_sequences 500")
+ADAPTED = "mdm", "cadd", "cadd-weak"
+CODE = ("results/code_adapt.py --runs {runs}/code --save {results}/code-adapt.json "
+        "--data_dir {data}")
 PIXELS = "--data_dir {data} --runs {runs} --results {results}"
 LATENT = (f"vadd.py {SMALL} --kl_ramp 1500 --bound_steps 1,8 --K 16 --eval_draws 2 "
           "--positions --latent_at prefix --pool attention")
@@ -100,15 +103,18 @@ JOBS: dict[str, Job] = {
         "pairs", 9, "difformer.py --dataset multi30k --data_dir {data} --distilled "
         "{runs}/ar-m30k/translations-train.txt --out {runs}/difformer-distilled; difformer.py "
         "--mode eval --split test --out {runs}/difformer-distilled", ("ar-m30k",), 0.5),
-    "catdm-m30k": Job("pairs", 14, "catdm.py --dataset multi30k --data_dir {data} --recon_share .25 "
-                      "--out {runs}/catdm-m30k; catdm.py --mode eval --split test "
+    "catdm-m30k": Job("pairs", 14, "catdm.py --dataset multi30k --data_dir {data} --recon_share "
+                      ".25 --out {runs}/catdm-m30k; catdm.py --mode eval --split test "
                       "--out {runs}/catdm-m30k", share=0.5),
     "difformer-m30k": Job("pairs", 30, "results/difformer_multi30k.py --data_dir {data} --runs "
                           "{runs}/difformer-m30k --out {results}", share=0.5),
     "collapse": Job("collapse", 12, "results/catdm_collapse.py mnist english27 --data_dir {data} "
                     "--runs {runs}/collapse --out {results}"),
-    "code": Job("code", 14, "results/code_adapt.py --runs {runs}/code --save "
-                "{results}/code-adapt.json --data_dir {data}"),
+    "code-ar": Job("code", 3, f"{CODE} --only ar", share=0.5),
+} | {
+    f"code-{name}": Job("code", 7, f"{CODE} --only {name}", ("code-ar",)) for name in ADAPTED
+} | {
+    "code": Job("code", 1, CODE, tuple(f"code-{name}" for name in ADAPTED), 0.5),
 } | {
     f"mnist-{name}-{seed}": Job("pixels", minutes, f"results/pixels.py mnist --only {name} "
                                 f"--seeds {seed} {PIXELS} --steps {{steps}}")
@@ -119,8 +125,8 @@ JOBS: dict[str, Job] = {
                  tuple(f"mnist-{n}-{s}" for s in (0, 1) for n in ("vadd-ours", "vadd", "cadd",
                                                                   "mdlm"))),
 } | {
-    f"photos-{name}": Job("pixels", 6, f"results/pixels.py folder --only {name} --dataset {{photos}} "
-                          f"{PIXELS} --steps {{steps}}") for name in ("mdlm", "cadd")
+    f"photos-{name}": Job("pixels", 6, f"results/pixels.py folder --only {name} --dataset "
+                          f"{{photos}} {PIXELS} --steps {{steps}}") for name in ("mdlm", "cadd")
 } | {
     "photos": Job("pixels", 4, f"results/pixels.py folder --dataset {{photos}} {PIXELS} --steps "
                   "{steps} --samples 500", ("photos-mdlm", "photos-cadd")),

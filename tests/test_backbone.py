@@ -411,7 +411,8 @@ def test_prompts_of_different_length_in_one_batch_do_not_see_each_other(qwen):
 
 
 def test_a_small_model_learns_is_adapted_and_completes(qwen, sources, tmp_path, monkeypatch):
-    """The whole table with the smallest model, twice: what is there is not made again."""
+    """The whole table with the smallest model, twice: what is there, such as what --only made
+    without a table, is not made again."""
     functions = b"".join(b"def f%d(x):\n    y = x\n    return y\n\n\n" % i for i in range(3))
     monkeypatch.setattr(code_adapt, "pycode_files", lambda: [
         ("a", functions), ("b", functions), ("c", SOURCE.encode() * 20)])
@@ -421,10 +422,16 @@ def test_a_small_model_learns_is_adapted_and_completes(qwen, sources, tmp_path, 
     flags = ["--tiny", "--ar_steps", "2", "--steps", "2", "--device", "cpu", "--runs",
              str(tmp_path / "runs"), "--data_dir", str(tmp_path), "--save", str(tmp_path / "t.json")]
     monkeypatch.setitem(code_adapt.SHAPES, "tiny", (300, 32, 64, 1, 4, 2, True))
+    for only in ("ar", "cadd"):
+        code_adapt.main([*flags, "--only", only])
+    assert {x.name for x in (tmp_path / "runs").iterdir() if x.is_dir()} == {
+        "shape", "ar", "model", "cadd"} and not (tmp_path / "t.json").exists()
+    made = (tmp_path / "runs/cadd/checkpoint.pt").stat().st_mtime_ns
     code_adapt.main(flags)
+    assert (tmp_path / "runs/cadd/checkpoint.pt").stat().st_mtime_ns == made
     first = json.loads((tmp_path / "t.json").read_text())["rows"]
     assert [(r["method"], r["steps"]) for r in first] == [
-        ("ar", 8), ("mdm", 2), ("mdm", 4), ("cadd", 2), ("cadd", 4)]
+        ("ar", 8), *((name, steps) for name in code_adapt.METHODS for steps in (2, 4))]
     monkeypatch.setattr(common, "complete", None)
     code_adapt.main(flags)
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == first

@@ -92,7 +92,8 @@ def test_a_job_ends_with_its_first_failing_command(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("import sys\nprint('said', sys.argv[1:])\nsys.exit(3)")
     monkeypatch.setattr(rerun, "ROOT", tmp_path)
     monkeypatch.setattr(rerun, "JOBS", {
-        "a": rerun.Job("g", 1, "a.py {data} {steps}; a.py 2"), "b": rerun.Job("g", 1, "a.py", ("c",)),
+        "a": rerun.Job("g", 1, "a.py {data} {steps}; a.py 2"),
+        "b": rerun.Job("g", 1, "a.py", ("c",)),
         "c": rerun.Job("g", 1, "a.py")})
     with pytest.raises(RunError, match="a, b"):
         queue(tmp_path, ["a", "b"])
