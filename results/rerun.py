@@ -41,19 +41,20 @@ class Job(NamedTuple):
 E27 = "--dataset english27 --data_dir {data}"
 SMALL = f"{E27} --dim 384 --depth 6 --heads 6 --steps 3000"
 MDLM = "--hint none --embed_norm .1"
-HINTS = {  # ablations at 6 x 384: flags beside the preset's --hint_in mean --embed_norm .00866
+HINTS = {  # ablations at 6 x 384: flags beside the preset's --hint_in mean
     "cadd": "--embed_norm .0122", "out": "--embed_norm .0122 --hint_out",
     "c_in": "--embed_norm .0122 --hint_in c_in", "raw": "--embed_norm .0122 --hint_in raw",
-    "raw-t": "--embed_norm .0122 --hint_in raw --time_cond", "norm-1": "--embed_norm .05", "detach": "--embed_norm 0 "
-    "--detach_hints", "free": "--embed_norm 0", "masked": "--embed_norm .0122 --hint_at masked",
-    "vp": "--embed_norm .0122 --hint vp", "concat": "--embed_norm .0122 --fuse concat",
-    "reweight": "--embed_norm .0122 --fuse reweight", "mse": "--embed_norm .0122 --mse soft"}
+    "raw-t": "--embed_norm .0122 --hint_in raw --time_cond", "norm-1": "--embed_norm .05",
+    "free": "--embed_norm 0", "detach": "--embed_norm 0 --detach_hints",
+    "masked": "--embed_norm .0122 --hint_at masked", "vp": "--embed_norm .0122 --hint vp",
+    "concat": "--embed_norm .0122 --fuse concat", "reweight": "--embed_norm .0122 --fuse reweight",
+    "mse": "--embed_norm .0122 --mse soft"}
 VOCABULARY = {  # at GPT-2's
     "mdlm": MDLM, "paper": "--paper", "c_in": "--hint_in c_in --embed_norm .0122",
     "mean": "--hint_in mean --embed_norm .0122"}
 GPT2 = ("cadd.py --dataset {data}/nltk-gpt2 --dim 384 --depth 6 --heads 6 --length 512 "
-        "--batch_size 128 --micro_batch 64 --steps 1500 --lr 1e-3 --hint_noise 1 --no-hint_out --samples 64 "
-        "--temperature 1 --sample_steps 128 --eval_draws 2 --eval_sequences 500")
+        "--batch_size 128 --micro_batch 64 --steps 1500 --lr 1e-3 --hint_noise 1 --no-hint_out "
+        "--samples 64 --temperature 1 --sample_steps 128 --eval_draws 2 --eval_sequences 500")
 ADAPTED = "mdm", "cadd", "cadd-weak"
 CODE = ("results/code_adapt.py --runs {runs}/code --save {results}/code-adapt.json "
         "--data_dir {data}")
