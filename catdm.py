@@ -149,7 +149,7 @@ _SMALL_TEXT = dict(embed_dim=128, dim=384, depth=6, heads=6, batch_size=64, micr
                    steps=20_000, lr=1e-3, warmup=500, beta2=0.99, weight_decay=0.0, samples=4)
 _PAIRS = dict(embed_dim=128, ffn=1024, depth=6, heads=4, dropout=0.3, steps=300_000, lr=5e-4,
               lr_schedule="inverse_sqrt", warmup=10_000, beta2=0.98, weight_decay=0.01, ema=0.999,
-              sample_steps=20, samples=4)
+              sample_steps=20, samples=4, self_condition=True)
 PRESETS: dict[str, dict] = {
     # one CPU core, three minutes; a short run needs a young teacher
     "glyphs": dict(embed_dim=32, embed_init="variance", dim=96, depth=3, heads=4, dropout=0.0,
@@ -180,7 +180,8 @@ PRESETS: dict[str, dict] = {
     "numbers": dict(vocab=400, length=32, embed_dim=64, dim=128, ffn=256, depth=2, heads=4,
                     dropout=0.0, init_std=0.0, teacher=0.9, batch_tokens=1024, steps=1000, lr=1e-3,
                     warmup=200, lr_schedule="cosine", beta2=0.98, weight_decay=0.01, ema=0.99,
-                    sample_steps=20, samples=4, save_every=500, eval_sequences=200),
+                    sample_steps=20, samples=4, save_every=500, eval_sequences=200,
+                    self_condition=True),
     "multi30k": _PAIRS | dict(length=128, lower=True, steps=15_000, warmup=1000,
                               lr_schedule="cosine"),
     "iwslt14": _PAIRS | dict(lower=True),
