@@ -79,6 +79,7 @@ class Config(common.RunConfig):
     beta_cm: float = arg(1.0, "weight of L_CM", 0, 1e6)
     beta_dm: float = arg(0.005, "weight of L_DM", 0, 1e6)
     length_weight: float = arg(0.1, "translation: weight of the length loss", 0, 1e6)
+    self_condition: bool = arg(False, "translation: the network sees its previous estimate")
     teacher: float = arg(0.99, "EMA decay eta of the teacher, network and embeddings", 0, 1)
     shift: float = arg(-1.0, "s of section 4.3, added to log-SNR; Difformer's rescaling by F is "
                        "-2 ln F", -30, 30)
@@ -148,7 +149,7 @@ _SMALL_TEXT = dict(embed_dim=128, dim=384, depth=6, heads=6, batch_size=64, micr
                    steps=20_000, lr=1e-3, warmup=500, beta2=0.99, weight_decay=0.0, samples=4)
 _PAIRS = dict(embed_dim=128, ffn=1024, depth=6, heads=4, dropout=0.3, steps=300_000, lr=5e-4,
               lr_schedule="inverse_sqrt", warmup=10_000, beta2=0.98, weight_decay=0.01, ema=0.999,
-              sample_steps=20, samples=4)
+              sample_steps=20, samples=4, self_condition=True)
 PRESETS: dict[str, dict] = {
     # one CPU core, three minutes; a short run needs a young teacher
     "glyphs": dict(embed_dim=32, embed_init="variance", dim=96, depth=3, heads=4, dropout=0.0,
@@ -179,7 +180,8 @@ PRESETS: dict[str, dict] = {
     "numbers": dict(vocab=400, length=32, embed_dim=64, dim=128, ffn=256, depth=2, heads=4,
                     dropout=0.0, init_std=0.0, teacher=0.9, batch_tokens=1024, steps=1000, lr=1e-3,
                     warmup=200, lr_schedule="cosine", beta2=0.98, weight_decay=0.01, ema=0.99,
-                    sample_steps=20, samples=4, save_every=500, eval_sequences=200),
+                    sample_steps=20, samples=4, save_every=500, eval_sequences=200,
+                    self_condition=True),
     "multi30k": _PAIRS | dict(length=128, lower=True, steps=15_000, warmup=1000,
                               lr_schedule="cosine"),
     "iwslt14": _PAIRS | dict(lower=True),
@@ -376,7 +378,8 @@ class CATDM(nn.Module):
                              1 - eta)
 
     def forward(self, x: Tensor, y: Tensor | None, t: Tensor, u: Tensor, eps: Tensor, eps0: Tensor,
-                not_pad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                not_pad: Tensor, self_condition: bool = False
+                ) -> tuple[Tensor, dict[str, Tensor]]:
         """Algorithm 1, lines 3 to 6: sums (3,) in nats of L_0 and of the rest over tokens, and of
         the length loss over sentences; and statistics. The arguments are a Batch. L_0 is taken at
         t_0 on the first n = len(eps0) samples. Every term is a sum over D."""
@@ -393,15 +396,15 @@ class CATDM(nn.Module):
         # L_0 has a pass of its own, without dropping: Theorem 1 needs x to be decoded from z_0.
         z_0 = add_noise(z[:n], t_0, eps0, cfg.shift)
         cond, length_loss = student.cond(y, not_pad)
-        logits = student(torch.cat([z_t, z_0]), torch.cat([t, t_0]),
-                         tuple(torch.cat([c, c[:n]]) for c in cond))
+        logits = (student.twice if self_condition else student)(
+            torch.cat([z_t, z_0]), torch.cat([t, t_0]), tuple(torch.cat([c, c[:n]]) for c in cond))
         log_p, log_p0 = logits.log_softmax(-1).split([B, n])
 
         L_0 = (cross_entropy(log_p0, x[:n]) * not_pad[:n]).sum()
         # The mean of all embeddings adds nothing to the error but, where they have collapsed,
         # would hide their differences from bfloat16.
         L_DM = squared_error(log_p, x, w - w.mean(0))                     # (B, L)
-        L_CM = self.consistency(log_p, x, y, z_t, t, back, not_pad)       # (B, L)
+        L_CM = self.consistency(log_p, x, y, z_t, t, back, not_pad, self_condition)  # (B, L)
         if cfg.objective == "catdm":
             rest = cfg.beta_dm * L_DM + cfg.beta_cm * L_CM
         else:  # Eq. 2's diffusion and prior
@@ -427,7 +430,7 @@ class CATDM(nn.Module):
                            self.student.dropped if cfg.dropped == "learned" else 0.0)
 
     def consistency(self, log_p: Tensor, x: Tensor, y: Tensor | None, z_t: Tensor, t: Tensor,
-                    back: Tensor, not_pad: Tensor) -> Tensor:
+                    back: Tensor, not_pad: Tensor, self_condition: bool) -> Tensor:
         """L_CM (B, L) of Eq. 3: the KL of the prediction log_p (B, L, V) at t from the teacher's,
         one DDIM step nearer to x, at a time s that the uniform `back` (B,) places below t. Where a
         token was dropped from z_t, z_s holds a_s - a_t sigma_s / sigma_t of its vector, not a_s."""
@@ -440,7 +443,10 @@ class CATDM(nn.Module):
             s = cfg.t_0 + back * (t - cfg.t_0)
             z_bar = F.embedding(x, teacher.embedding_matrix())
             z_s = common.ddim(z_t, z_bar, *coefficients(t, cfg.shift), *coefficients(s, cfg.shift))
-            log_q = teacher(z_s, s, teacher.cond(y, not_pad)[0]).log_softmax(-1)
+            # On an estimate of its own where the student has one: L_CM ties two times of one
+            # function, so it is 0 where s = t and student and teacher agree.
+            call = teacher.twice if self_condition else teacher
+            log_q = call(z_s, s, teacher.cond(y, not_pad)[0]).log_softmax(-1)
         return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
@@ -494,22 +500,26 @@ def sample(
     """Algorithm 2: yields tokens of `shape` (B, L) after each of steps + 1 calls, the last is the
     sample, before it the most probable ones. The steps end at t_0. `cond` is of Denoiser.cond.
     ancestral draws z_s from p(z_s | z_t) of Eq. 1; ddim takes the deterministic step below Eq. 3.
+    With self-conditioning each call sees the previous estimate, the first one zeros.
     """
     shift, w = model.cfg.shift, model.embedding_matrix().double()
     noise = dict(generator=generator, device=w.device)
     z = torch.randn(*shape, w.shape[1], **noise)
     times = torch.linspace(1, model.cfg.t_0, steps + 1, dtype=torch.float64, device=w.device)
+    given = cond
     for t, s in zip(times[:-1], times[1:]):
-        log_p = predict(model, z, t, cond, guidance)
+        log_p = predict(model, z, t, given, guidance)
         yield log_p.argmax(-1)
         z_hat = log_p.exp() @ w
+        if model.cfg.self_condition:
+            given = *cond, z_hat.float()
         path = z.double(), z_hat, *signal_and_noise(t, shift), *signal_and_noise(s, shift)
         if sampler == "ancestral":
             mean, variance = common.gaussian_posterior(*path)
             z = (mean + variance.sqrt() * torch.randn(z.shape, **noise)).float()
         else:
             z = common.ddim(*path).float()
-    log_p = predict(model, z, times[-1], cond, guidance)
+    log_p = predict(model, z, times[-1], given, guidance)
     u = torch.rand(shape, dtype=torch.float64, **noise)
     yield log_p.argmax(-1) if argmax else common.sample_categorical(log_p, u=u)
 
@@ -531,7 +541,8 @@ def bound_terms(
 
     x, not_pad (B, L), y as in training, u (B,) uniform, eps, eps0 (B, L, D) normal. The diffusion
     may end at any t_0 > 0, where x is decoded from z_t0: the bound holds for any schedule's ends.
-    It matters: the weight e^logsnr charges a doubt of 1e-3 at logsnr 14 with nats.
+    It matters: the weight e^logsnr charges a doubt of 1e-3 at logsnr 14 with nats. A network with
+    self-conditioning is called on zeros: it is a function of z_t then, as the bound wants.
     """
     w, shift = model.embedding_matrix().double(), model.cfg.shift
     z, t_0, t_1 = F.embedding(x, w), time_of(end), time_of(start)
@@ -575,13 +586,15 @@ def likelihoods(
 class Translator(Denoiser):
     """The Denoiser of sentences y -> x: an encoder of the source, whose states the decoder of z_t
     attends to, and a predictor of the target's length. Paper: "the same architecture and setup as
-    that of Difformer", which has self-conditioning; this has none."""
+    that of Difformer", so with self_condition the decoder sees the estimate of the call before,
+    sum_k P(k | z_t) Psi(k), or zeros: of a first call on the same z_t in half of the training
+    steps, of the step before in decoding."""
 
     def add_network(self) -> None:
         cfg = self.cfg
         self.net = common.EncoderDecoder(
             cfg.embed_dim, cfg.dim, cfg.ffn, cfg.depth, cfg.heads, cfg.dropout, self.length,
-            self_condition=False, init_std=cfg.init_std)
+            cfg.self_condition, init_std=cfg.init_std)
         self.head = nn.Linear(cfg.embed_dim, self.V)
 
     def encode(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -597,8 +610,17 @@ class Translator(Denoiser):
         return (states, source_not_pad, not_pad), loss
 
     def features(self, z: Tensor, t: Tensor, cond: tuple[Tensor, ...]) -> Tensor:
-        states, source_not_pad, not_pad = cond
-        return self.net.decode(z, t, None, not_pad, states, source_not_pad)
+        """(B, N, D) from z (B, N, D), t (B,) and what `cond` returned; a fourth of these is the
+        previous estimate (B, N, D), in its absence zeros, so that all weights are in every loss."""
+        states, source_not_pad, not_pad, *previous = cond
+        none = torch.zeros_like(z) if self.cfg.self_condition else None
+        return self.net.decode(z, t, *(previous or [none]), not_pad, states, source_not_pad)
+
+    def twice(self, z: Tensor, t: Tensor, cond: tuple[Tensor, ...]) -> Tensor:
+        """forward's logits (B, N, V) on the estimate of a first call, which gets no gradient."""
+        with torch.no_grad():
+            estimate = self(z, t, cond).softmax(-1) @ self.embedding_matrix()
+        return self(z, t, (*cond, estimate))
 
 
 @torch.no_grad()
@@ -640,9 +662,11 @@ def compiled_for_all_lengths(model: CATDM, cfg: Config, ddp: common.DDP, backend
     B = max(98, min(cfg.batch_tokens, cfg.micro_tokens) // 24) | 1  # odd
     y, x = (torch.ones(B, k, dtype=torch.long, **at) for k in (M, N))
     eps, eps0 = (torch.zeros(k, N, D, **at) for k in (B, math.ceil(cfg.recon_share * B)))
-    with ddp.autocast():
-        losses, _ = net(x, y, torch.rand(B, **at), torch.rand(B, N + 3, **at), eps, eps0, x != PAD)
-    losses.sum().backward()
+    for coin in sorted({False, cfg.self_condition}):  # a graph each
+        with ddp.autocast():
+            losses, _ = net(x, y, torch.rand(B, **at), torch.rand(B, N + 3, **at), eps, eps0,
+                            x != PAD, coin)
+        losses.sum().backward()
     model.zero_grad(set_to_none=True)
     return net
 
@@ -662,6 +686,7 @@ class Batch(NamedTuple):
     eps: Tensor       # (B, L, D) normal noise of z_t
     eps0: Tensor      # (n, L, D) of z_0, for the first n samples
     not_pad: Tensor   # (B, L) bool
+    self_condition: bool = False  # on a first estimate, or on zeros
 
     def counts(self) -> Tensor:
         """How many tokens L_0 has, tokens, samples: (3,)."""
@@ -700,7 +725,8 @@ def load_batches(cfg: Config, data: Data, step: int, ddp: common.DDP) -> list[Ba
         n = cfg.batch_size
         indices = common.micro_batches(n, cfg.micro_batch, ddp)
         samples = [data.train_batch(cfg.seed, step, n, index) for index in indices]
-    shift = np.random.default_rng(common.fold_in(cfg.seed, step, 1)).random()
+    shift, coin = np.random.default_rng(common.fold_in(cfg.seed, step, 1)).random(2)
+    self_condition = bool(cfg.self_condition and coin < 0.5)  # of a whole batch, as Difformer's
     noise, L = dict(device=ddp.device, generator=torch.Generator(ddp.device).manual_seed(
         common.fold_in(cfg.seed, step))), samples[0][0].shape[1]
     u, first = torch.rand(n, L + 3, **noise), math.ceil(cfg.recon_share * n)
@@ -710,16 +736,20 @@ def load_batches(cfg: Config, data: Data, step: int, ddp: common.DDP) -> list[Ba
         x, y, rows = map(ddp.put, (x, y, index))
         rows0 = rows[: int((index < first).sum())]  # index ascends
         t = common.low_discrepancy_t(rows, n, shift, t_min=0.0)
-        batches.append(Batch(x, y, t, u[rows], eps[rows], eps0[rows0], data.not_pad(x)))
+        batches.append(Batch(x, y, t, u[rows], eps[rows], eps0[rows0], data.not_pad(x),
+                             self_condition))
     return batches
 
 
 def build(cfg: Config, data: Data) -> Denoiser:
-    """The student: what is averaged, sampled and scored. Raises RunError if --label is no class."""
+    """The student: what is averaged, sampled and scored. Raises RunError if --label is no class,
+    or --self_condition has nothing to act on."""
     classes = () if cfg.task == "pairs" else data.classes
     if cfg.label and cfg.label not in classes:
         raise RunError(f"--label {cfg.label}: " + (
             f"choose one of {', '.join(classes)}" if classes else "this model has no classes"))
+    if cfg.self_condition and cfg.task != "pairs":
+        raise RunError(f"--self_condition is for translation, of {', '.join(PAIRS)}")
     if cfg.task == "pairs":
         return Translator(cfg, data.vocab_size, data.length)
     return Denoiser(cfg, data.vocab_size, data.length, len(data.classes))
@@ -727,13 +757,14 @@ def build(cfg: Config, data: Data) -> Denoiser:
 
 def flops_per_token(student: Denoiser) -> float:
     """Model FLOPs of training per token: the student forward and backward on 1 + recon_share
-    passes, the teacher forward."""
+    passes, the teacher forward, both forward once more in half of self-conditioned steps."""
     cfg = student.cfg
     macs = sum(m.weight.numel() for name, m in student.named_modules() if isinstance(m, nn.Linear)
                and not any(part in name for part in ("adaln", "time", "by_label")))
     macs += 2 * cfg.depth * student.length * cfg.dim + student.V * cfg.embed_dim
     teacher = cfg.objective == "catdm" and cfg.cm == "cm"
-    return 2.0 * macs * (3 * (1 + cfg.recon_share) + teacher)
+    first = 0.5 * cfg.self_condition
+    return 2.0 * macs * ((3 + first) * (1 + cfg.recon_share) + (1 + first) * teacher)
 
 
 def train(cfg: Config, ddp: common.DDP, data: Data) -> common.Run:

@@ -64,6 +64,8 @@ LATENT = (f"vadd.py {SMALL} --kl_ramp 1500 --bound_steps 1,8 --K 16 --eval_draws
 AR_TEXT = f"results/ar_baseline.py {E27} --out {{runs}}/ar27 --keep best"
 PAIRS = "--dataset multi30k --data_dir {data} --out {runs}/ar-m30k"
 AR_PAIRS = f"results/ar_baseline.py {PAIRS} --dim 256 --depth 4 --keep best --save_every 250"
+CATDM_PAIRS = ("catdm.py --dataset multi30k --data_dir {data} --recon_share .25 "
+               "--out {runs}/catdm-m30k")
 BENCH = ("cadd.py --dataset cifar10", "cadd.py --dataset imagenet32 --batch_size 256",
          "vadd.py --dataset cifar10 --batch_size 128")
 JOBS: dict[str, Job] = {
@@ -104,9 +106,10 @@ JOBS: dict[str, Job] = {
         "pairs", 9, "difformer.py --dataset multi30k --data_dir {data} --distilled "
         "{runs}/ar-m30k/translations-train.txt --out {runs}/difformer-distilled; difformer.py "
         "--mode eval --split test --out {runs}/difformer-distilled", ("ar-m30k",), 0.5),
-    "catdm-m30k": Job("pairs", 14, "catdm.py --dataset multi30k --data_dir {data} --recon_share "
-                      ".25 --out {runs}/catdm-m30k; catdm.py --mode eval --split test "
-                      "--out {runs}/catdm-m30k", share=0.5),
+    "catdm-m30k": Job("pairs", 17, f"{CATDM_PAIRS}; {CATDM_PAIRS} --mode eval --split test",
+                      share=0.5),
+    "catdm-m30k-plain": Job("pairs", 14, f"{CATDM_PAIRS}-plain --no-self_condition; {CATDM_PAIRS}"
+                            "-plain --mode eval --split test", share=0.5),
     "difformer-m30k": Job("pairs", 30, "results/difformer_multi30k.py --data_dir {data} --runs "
                           "{runs}/difformer-m30k --out {results}", share=0.5),
     "collapse": Job("collapse", 12, "results/catdm_collapse.py mnist english27 --data_dir {data} "

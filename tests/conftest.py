@@ -48,7 +48,7 @@ RUNS = {  # SCRIPT or SCRIPT-TASK: flags; DATA is a folder
     "vadd-informed": BATCH + VADD + "--samples 50 --prior informed ",
     "catdm": BATCH + CATDM + "--dataset DATA/tokens.npy --labels DATA/labels.npy --samples 3 ",
     "catdm-text": TEXT + CATDM,
-    "catdm-pairs": BATCH + CATDM + PAIRS + "--dataset numbers --batch_tokens 128 ",
+    "catdm-pairs": BATCH + CATDM + PAIRS + "--dataset numbers --batch_tokens 128 --self_condition ",
     "difformer": PAIRS + "--embed_dim 8 --batch_tokens 192 --factor 2 --max_length 32 --vocab 300 "
                  "--K 4 --early_stop 1 --samples 1 ",
 }

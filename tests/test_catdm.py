@@ -430,9 +430,9 @@ def tiny_batch(seed=0, B=6, n=3, length=7, D=4):
     return catdm.Batch(x, y, t, u, eps, eps0, torch.ones_like(x, dtype=torch.bool))
 
 
-def reference_loss(model, x, y, t, u, eps, eps0, not_pad, cfg):
+def reference_loss(model, x, y, t, u, eps, eps0, *_):
     """Algorithm 1 one sample at a time, written from the paper; returns (L_0, the rest)."""
-    student, teacher = model.student, model.teacher
+    cfg, student, teacher = model.cfg, model.student, model.teacher
     E, E_bar = student.embedding_matrix(), teacher.embedding_matrix().detach()
 
     def coef(t):
@@ -476,7 +476,7 @@ def test_loss_and_all_gradients_follow_algorithm_1(flags):
     the reference detaches z_s and the teacher, and nothing else."""
     model, batch = tiny(**flags), tiny_batch()
     losses, _ = model(*batch)
-    first, rest = reference_loss(model, *batch, model.cfg)
+    first, rest = reference_loss(model, *batch)
     assert losses[0].item() == pytest.approx(first.item(), rel=1e-4)
     assert losses[1].item() == pytest.approx(rest.item(), rel=1e-4)
     grads = []
@@ -495,7 +495,7 @@ def test_loss_and_all_gradients_follow_algorithm_1(flags):
 @pytest.mark.parametrize("path", ["recon", "input", "target"])
 def test_gradient_reaches_the_embeddings_by_each_path(path):
     """One path at a time is opened, the others are cut."""
-    model, (x, y, t, u, eps, eps0, not_pad) = tiny(cm="none", beta_dm=1.0, drop=0.0), tiny_batch()
+    model, batch = tiny(cm="none", beta_dm=1.0, drop=0.0), tiny_batch()
     student = model.student
     if path == "input":  # blind to z_t: what is left of the rest is both sides of L_DM
         pass
@@ -503,7 +503,7 @@ def test_gradient_reaches_the_embeddings_by_each_path(path):
         torch.nn.init.zeros_(student.enter.weight)
     if path == "recon":
         torch.nn.init.normal_(student.enter.weight)
-    losses, _ = model(x, y, t, u, eps, eps0, not_pad)
+    losses, _ = model(*batch)
     losses[0 if path == "recon" else 1].backward()
     assert student.embed.weight.grad.abs().sum() > 1e-3
 
@@ -525,7 +525,7 @@ def test_consistency_loss_is_zero_iff_the_predictions_agree():
 
 
 def test_the_teacher_sees_the_later_time_through_its_own_embeddings():
-    model, (x, y, t, u, eps, eps0, not_pad) = tiny(drop=0.0), tiny_batch()
+    model, (x, y, t, u, eps, eps0, not_pad, _) = tiny(drop=0.0), tiny_batch()
     seen = {}
     for name in ("student", "teacher"):
         net = getattr(model, name)
@@ -585,7 +585,7 @@ def test_labels_are_hidden_at_the_given_rate():
 def test_csdm_is_the_bound(end):
     """With the same noise the loss is bound_terms summed over tokens; nothing is dropped."""
     model = tiny(objective="csdm", null_labels=0.0, logsnr_max=end)
-    x, y, t, u, eps, _, not_pad = tiny_batch()
+    x, y, t, u, eps, _, not_pad, _ = tiny_batch()
     eps0 = torch.randn(6, 7, 4, generator=torch.Generator().manual_seed(3))
     losses, stats = model(x, y, t, u, eps, eps0, not_pad)
     terms = catdm.bound_terms(model.student, x, y, t, eps, eps0, not_pad, end)
@@ -599,7 +599,7 @@ def test_csdm_pays_for_the_prior():
     """One symbol is predicted perfectly: KL(N(a_1 e, sigma_1^2) || N(0, 1)) is all that is left."""
     model = CATDM(Denoiser(Config(dataset="pydoc", objective="csdm", shift=12.0, dim=8, heads=2,
                                   depth=1, dropout=0.0, embed_dim=4), 1, 7))
-    x, _, t, u, eps, eps0, not_pad = tiny_batch()
+    x, _, t, u, eps, eps0, not_pad, _ = tiny_batch()
     losses, _ = model(0 * x, None, t, u, eps, eps0, not_pad)
     a, sigma = catdm.signal_and_noise(torch.ones(()), 12.0)
     q = torch.distributions.Normal(a * model.student.embedding_matrix().double()[0], sigma)
@@ -694,11 +694,19 @@ def test_teacher_is_an_average_without_dropout_and_without_gradient():
 # ------------------------------------------------------------------------- translation
 
 
-def pair_model(seed=0):
+def pair_model(seed=0, **flags):
     torch.manual_seed(seed)
-    cfg = Config(dataset="numbers", dim=8, heads=2, depth=1, ffn=16, dropout=0.0, embed_dim=4,
-                 init_std=0.3, length=16)
-    return CATDM(Translator(cfg, 9, 16))
+    flags = dict(dim=8, heads=2, depth=1, ffn=16, dropout=0.0, embed_dim=4, init_std=0.3) | flags
+    return CATDM(Translator(Config(dataset="numbers", length=16, **flags), 9, 16))
+
+
+def pair_batch(self_condition, n=3):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randint(3, 9, (4, 5), generator=g), torch.randint(3, 9, (4, 6), generator=g)
+    x[0, 4] = y[1, 5] = PAD
+    t, u = torch.rand(4, generator=g), torch.rand(4, 8, generator=g)
+    eps, eps0 = torch.randn(4, 5, 4, generator=g), torch.randn(n, 5, 4, generator=g)
+    return catdm.Batch(x, y, t, u, eps, eps0, x != PAD, self_condition)
 
 
 def test_padding_of_source_and_target_changes_nothing():
@@ -718,6 +726,161 @@ def test_padding_of_source_and_target_changes_nothing():
     _, logits = model.student.net.encode(states, y != PAD)
     want = F.cross_entropy(logits, torch.full((4,), common.LENGTH_OFFSET - 1), reduction="sum")
     assert losses[2].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+SELF = dict(self_condition=True, drop=0.0, beta_dm=0.5)
+
+
+def self_conditioned(**flags):
+    """A model whose teacher differs from the student, so that mixing them up shows."""
+    model, other = (pair_model(seed, **SELF | flags) for seed in (0, 1))
+    model.teacher.load_state_dict(other.student.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("coin", [False, True])
+def test_self_conditioned_loss_and_all_gradients(coin):
+    """Three predictions, each on its own first estimate, or on zeros: the student's of z_t and of
+    z_0, the teacher's of z_s. No gradient passes through an estimate."""
+    model, batch = self_conditioned(), pair_batch(coin)
+    x, y, t, u, eps, eps0, not_pad, _ = batch
+    E, E_bar = model.student.embedding_matrix(), model.teacher.embedding_matrix().detach()
+    calls = []
+
+    def log_p(net, w, z, t, rows):
+        source_not_pad = y[:rows] != PAD
+        states, _ = net.net.encode(F.embedding(y[:rows], w), source_not_pad)
+
+        def call(previous):
+            calls.append(previous)
+            return net.head(net.net.decode(z, t, previous, not_pad[:rows], states,
+                                           source_not_pad)).log_softmax(-1)
+        previous = torch.zeros_like(z)
+        return call((call(previous).exp() @ w).detach() if coin else previous)
+
+    def noisy(w, t, eps):
+        return catdm.add_noise(F.embedding(x[:len(eps)], w), t, eps, -1.0)
+    z_t, s = noisy(E, t, eps), t * u[:, 6]
+    (a_t, sigma_t), (a_s, sigma_s) = (catdm.coefficients(v, -1.0) for v in (t, s))
+    z_bar = F.embedding(x, E_bar)
+    z_s = (a_s * z_bar + sigma_s / sigma_t * (z_t - a_t * z_bar)).detach()
+    p, p0 = log_p(model.student, E, z_t, t, 4), log_p(
+        model.student, E, noisy(E, torch.zeros(3), eps0), torch.zeros(3), 3)
+    q = log_p(model.teacher, E_bar, z_s, s, 4).detach()
+    dm = (E[x] - p.exp() @ E).square().sum(-1)
+    want = torch.stack([
+        (catdm.cross_entropy(p0, x[:3]) * not_pad[:3]).sum(),
+        ((0.5 * dm + (q.exp() * (q - p)).sum(-1)) * not_pad).sum(),
+        model.student.cond(y, not_pad)[1]])
+    losses, grads = model(*batch)[0], []
+    assert torch.allclose(losses, want, rtol=1e-4)
+    for loss in (losses, want):
+        model.zero_grad()
+        (loss * torch.tensor([1.0, 0.7, 0.1])).sum().backward()
+        grads.append({name: p.grad for name, p in model.student.named_parameters()})
+    for name, g in grads[0].items():
+        assert (g - grads[1][name]).norm() < 2e-3 * g.norm() + 1e-5, name
+    assert len(calls) == 3 * (1 + coin) and all(c.any() for c in calls[1::2]) == coin
+
+
+@pytest.mark.parametrize("coin", [False, True])
+def test_the_estimate_enters_by_weights_of_its_own_alone(coin):
+    """Where the layer that joins z_t and the estimate passes z_t on, the loss on zeros is that of
+    the network without that layer, whatever the estimate's own weights."""
+    model, plain = (pair_model(self_condition=on) for on in (True, False))
+    for part in ("student", "teacher"):
+        net, other = getattr(model, part), getattr(plain, part)
+        other.load_state_dict({k: v for k, v in net.state_dict().items() if "previous" not in k})
+        join, _, out, _ = net.net.previous
+        with torch.no_grad():  # relu(h + 9) - 9 is h
+            join.weight[:, :8], join.bias[:], out.weight[:], out.bias[:] = (
+                torch.eye(8), 9.0, torch.eye(8), -9.0)
+    losses, want = model(*pair_batch(coin))[0], plain(*pair_batch(False))[0]
+    assert torch.allclose(losses, want, rtol=1e-4) != coin
+
+
+@pytest.mark.parametrize("coin", [False, True])
+def test_consistency_is_of_one_function(coin):
+    """A teacher that is the student, at the same time (s = t), has the same prediction."""
+    model = pair_model(**SELF)
+    batch = pair_batch(coin)
+    batch.u[:, 6] = 1.0
+    assert model(*batch)[1]["L_CM"].sum().abs() < 1e-5
+    batch.u[:, 6] = 0.5
+    assert model(*batch)[1]["L_CM"].sum() > 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_decoding_sees_the_previous_estimate(monkeypatch, sampler):
+    """Zeros in the first call of each batch, then sum_k P(k) Psi(k) of the call before."""
+    data = load_pairs("numbers", max_length=16, vocab=400, max_number=99)
+    cfg = Config(dataset="numbers", dim=8, heads=2, depth=1, ffn=16, dropout=0.0, embed_dim=4,
+                 init_std=0.3, length=16, sample_batch=1, sample_steps=3, sampler=sampler,
+                 self_condition=True)
+    model, given, found = Translator(cfg, data.vocab_size, 16).eval(), [], []
+    decode, predict = model.net.decode, catdm.predict
+    model.net.decode = lambda z, t, previous, *rest: (
+        given.append(previous), decode(z, t, previous, *rest))[1]
+    monkeypatch.setattr(
+        catdm, "predict", lambda *args: (found.append(predict(*args)), found[-1])[1])
+    assert len(list(catdm.translate(model, ["eins", "zweiundzwanzig"], data, cfg, CPU))) == 2
+    assert len(given) == len(found) == 2 * 4
+    w = model.embedding_matrix().double()
+    for k in range(8):
+        want = found[k - 1].exp() @ w if k % 4 else torch.zeros(given[k].shape).double()
+        assert torch.allclose(given[k].double(), want, atol=1e-6) and given[k].any() == (k % 4 > 0)
+
+
+def test_the_coin_is_of_seed_and_step_alone():
+    """The same on any number of ranks, in every micro-batch and for held-out pairs; it changes no
+    other noise. Half of the steps estimate twice, none without the flag."""
+    data = load_pairs("numbers", max_length=32, vocab=400, max_number=99)
+    cfg = Config(dataset="numbers", batch_tokens=256, micro_tokens=48, embed_dim=2,
+                 self_condition=True)
+
+    def coins(rank=0, world=1, data=data, **flags):
+        ddp = DDP(rank, world, torch.device("cpu"), False)
+        parts = [catdm.load_batches(dataclasses.replace(cfg, **flags), data, step, ddp)
+                 for step in range(40)]
+        kinds = [{part.self_condition for part in step} for step in parts]
+        assert all(len(kind) == 1 for kind in kinds)
+        assert {type(part.self_condition) for step in parts for part in step} == {bool}
+        return [kind.pop() for kind in kinds], parts
+    one, parts = coins()
+    assert 10 < sum(one) < 30 and all(len(step) > 1 for step in parts)
+    assert one == coins(0, 2)[0] == coins(1, 2)[0] == coins(data=data.held_out())[0]
+    assert one != coins(seed=1)[0]
+    none, plain = coins(self_condition=False)
+    assert not any(none)
+    for a, b in zip(parts, plain):
+        assert all(map(torch.equal, a[0][:7], b[0][:7]))
+    t = torch.cat([part.t for part in parts[0]])  # the noise of runs that knew no coin
+    shift = np.random.default_rng(common.fold_in(0, 0, 1)).random()
+    want = common.low_discrepancy_t(torch.arange(len(t)), len(t), shift, 0.0)
+    assert torch.equal(t.sort().values, want.sort().values)
+
+
+def test_only_translation_has_self_conditioning(data_dir):
+    cfg = common.parse_config(catdm, [*TINY, *images_of(data_dir), "--self_condition"])
+    with pytest.raises(RunError, match="--self_condition is for translation"):
+        catdm.build(cfg, catdm.load(cfg))
+    student = pair_model(recon_share=0.5).student  # forward, backward: 4.5 calls; the teacher one
+    before, student.cfg.self_condition = catdm.flops_per_token(student), True
+    assert catdm.flops_per_token(student) == pytest.approx(before * (1 + (0.75 + 0.5) / 5.5))
+
+
+def test_a_run_older_than_self_conditioning_is_used_as_it_is(run, capsys):
+    """Sampled and scored without it, continued where it is not asked for."""
+    out = run(3, *PAIRS, "--no-self_condition")
+    state = weights(out)
+    del state["config"]["self_condition"]
+    torch.save(state, out / "checkpoint.pt")
+    for mode in ("sample", "eval"):
+        run(3, *PAIRS, "--mode", mode)
+    with pytest.raises(RunError, match="made with --self_condition False, not True"):
+        run(4, *PAIRS, "--self_condition")
+    run(4, *PAIRS, "--no-self_condition")
+    assert weights(out)["step"] == 4 and "resuming at step 3" in capsys.readouterr().out
 
 
 def test_the_source_reaches_the_prediction():
@@ -1070,24 +1233,28 @@ def test_bench_prints_one_json_line(capsys, flags):
     assert record["tokens_per_step"] == 8 * {"imagenet": 256, "pydoc": 16, "numbers": 16}[flags[1]]
 
 
-def test_translation_compiles_once():
-    """Sentences of any length, batches of any size: one graph, whatever sizes agree by chance."""
+@pytest.mark.parametrize("twice", [False, True])
+def test_translation_compiles_once(twice):
+    """Sentences of any length, batches of any size: one graph, whatever sizes agree by chance, and
+    one more for steps that estimate twice."""
     graphs = []
 
     def count(graph, inputs):
         graphs.append(graph)
         return graph.forward
     torch._dynamo.reset()
-    flags = [*TINY, *PAIRS, "--out", "none", "--recon_share", "0.5", "--embed_dim", "16"]
+    flags = [*TINY, *PAIRS, "--out", "none", "--recon_share", "0.5", "--embed_dim", "16",
+             "--self_condition" if twice else "--no-self_condition"]
     cfg = common.parse_config(catdm, flags)
     model = CATDM(Translator(cfg, 50, 32))
     net = catdm.compiled_for_all_lengths(model, cfg, CPU, backend=count)
     for B, M, N in [(16, 16, 16), (8, 4, 4), (13, 13, 11), (8, 16, 6), (5, 7, 32), (32, 32, 8)]:
         x, y = (torch.randint(1, 50, (B, k)) for k in (N, M))
         noise = torch.rand(B), torch.rand(B, N + 3), torch.randn(B, N, 16)
-        batch = x, y, *noise, torch.randn((B + 1) // 2, N, 16), x != PAD
-        assert torch.allclose(net(*batch)[0], model(*batch)[0], rtol=1e-4)
-    assert len(graphs) == 1
+        for coin in {False, twice}:
+            batch = x, y, *noise, torch.randn((B + 1) // 2, N, 16), x != PAD, coin
+            assert torch.allclose(net(*batch)[0], model(*batch)[0], rtol=1e-4)
+    assert len(graphs) == 1 + twice
 
 
 @pytest.mark.parametrize("length,want", [(32, (24, 32)), (8, (8, 7))])
@@ -1108,7 +1275,7 @@ def test_translation_compiles_on_lengths_like_real_ones(length, want, monkeypatc
     flags = [*TINY, *PAIRS, "--out", "none", "--embed_dim", "16"]
     cfg = common.parse_config(catdm, flags)
     catdm.compiled_for_all_lengths(CATDM(Translator(cfg, 50, length)), cfg, CPU)
-    assert seen == [want]
+    assert seen == [want] * (1 + cfg.self_condition)
 
 
 def test_collapsed_embeddings_differ_in_bfloat16_too():
@@ -1133,4 +1300,14 @@ def test_every_parameter_takes_part_in_the_loss(flags):
     """Or DDP would wait for its gradient."""
     model = tiny(**flags)
     model(*tiny_batch())[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("coin", [False, True])
+def test_every_parameter_of_self_conditioning_takes_part_in_the_loss(coin):
+    """Also under autocast, which keeps weights in bfloat16 from a call without gradient."""
+    model = self_conditioned()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = model(*pair_batch(coin))
+    losses.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
