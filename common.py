@@ -288,8 +288,10 @@ class UNetBlock(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, c_in, H, W), c (B or 1, cond) -> (B, c_out, H, W)."""
+    def forward(self, x: Tensor, c: Tensor, beside: Tensor | None = None) -> Tensor:
+        """x (B, c_in, H, W), c (B or 1, cond) -> (B, c_out, H, W). With `beside`, the first of c_in
+        channels are x's and the rest its: joined here, since between blocks nothing is compiled."""
+        x = x if beside is None else torch.cat([x, beside], 1)
         h = self.conv1(F.silu(self.norm1(x)))
         c = self.condition(c)[..., None, None]
         if self.scale_shift:
@@ -369,6 +371,10 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.to(memory_format=torch.channels_last)
 
+    # A compiler stops here and begins anew at each block, so that equal ones are compiled once; as
+    # one graph, 65 blocks took it more than six minutes. torch's nested_compile_region would keep
+    # one graph, but up to torch 2.14 its gradients are wrong (pytorch pull request 193960).
+    @torch.compiler.disable(recursive=False)
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
         """x: ids (B, L) or embeddings (B, L, e); t: (B,), or (1,) for one condition for all; c (B
         or 1, 4 dim) is added to the time embedding."""
@@ -385,9 +391,12 @@ class UNet(nn.Module):
         for part in self.middle:
             h = part(h, c)
         for part in self.up:
-            h = part(torch.cat([h, skips.pop()], 1), c) if isinstance(part, UNetBlock) else part(h)
-        h = self.head(F.silu(self.norm(h)))                        # (B, colours x outputs, H, W)
-        return h.movedim(1, -1).reshape(len(x), x.shape[1], -1)
+            h = part(h, c, skips.pop()) if isinstance(part, UNetBlock) else part(h)
+        return self.readout(h).reshape(len(x), x.shape[1], -1)
+
+    def readout(self, h: Tensor) -> Tensor:
+        """(B, c, H, W) -> (B, H, W, colours x outputs): a function, and so compiled, as blocks."""
+        return self.head(F.silu(self.norm(h))).movedim(1, -1)
 
     def flops_per_token(self, L: int) -> float:
         """Model FLOPs of a training step (forward + backward = 3 x 2 MACs) per sub-pixel of L."""
@@ -975,6 +984,9 @@ class DDP:
         is where `shard` has seen to that."""
         if hasattr(model, "unshard"):
             return model
+        if compile and self.on_cuda and any(isinstance(m, UNet) for m in model.modules()):
+            # ADM's blocks are of 10 kinds; beyond 8 torch would leave the rest uncompiled.
+            torch._dynamo.config.recompile_limit = 64
         net = torch.compile(model, dynamic=False) if compile and self.on_cuda else model
         if self.world > 1:
             devices = [self.device.index] if self.on_cuda else None

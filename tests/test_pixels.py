@@ -100,6 +100,55 @@ def test_sub_pixels_stand_as_in_an_image():
     assert (rows.max(), columns.min(), columns.max()) == (3, 0, 3) and not changed[4].any()
 
 
+def test_equal_blocks_are_compiled_once(monkeypatch):
+    """However deep, ADM's network is 10 kinds of blocks, time, readout and loss: none compiled
+    again in a second step, none left out; loss and gradients are the same numbers."""
+    graphs, compile = [], torch.compile
+
+    def count(graph, _):
+        graphs.append(sum("conv2d" in str(node.target) for node in graph.graph.nodes))
+        return graph
+    monkeypatch.setattr(torch, "compile", lambda net, **flags: compile(net, backend=count, **flags))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # torch's, and put back
+
+    class Loss(torch.nn.Module):
+        def __init__(self, depth):
+            super().__init__()
+            self.net = shaken(UNet(6, 5, (8, 8, 1), 8, depth, 2, **ADM | dict(
+                mults=(1, 2, 2), pixel_dim=8, dropout=0.0))).train()
+
+        def forward(self, x, t):
+            return (self.net(x, t) - 1).square().mean()
+
+    def step(net):
+        torch.manual_seed(0)
+        loss = net(torch.randint(6, (2, 64)), torch.rand(2))
+        return [loss, *torch.autograd.grad(loss, [*net.parameters()])]
+    ddp = common.DDP(0, 1, torch.device("cuda"), False)  # nothing is put there
+    for depth in (2, 4):
+        model = Loss(depth)
+        torch._dynamo.reset()
+        graphs.clear()
+        net = ddp.wrap(model, True)
+        for _ in range(2):
+            assert all(map(torch.equal, step(net), step(model)))
+        assert len(graphs) == 13 and sum(n >= 2 for n in graphs) == 10  # 2 or 3 convolutions
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_channels_stay_last_in_memory(amp):
+    """Convolutions of a network with skips, halves and attention need not turn what they get."""
+    net = shaken(UNet(6, 5, (8, 4, 3), 8, 2, 2, mults=(1, 2), pixel_dim=4))
+    seen = []
+    for module in net.modules():
+        if isinstance(module, (torch.nn.Conv2d, common.UNetBlock)):
+            module.register_forward_hook(lambda _, given, out: seen.extend([given[0], out]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        y = net(torch.randint(6, (2, 96)), torch.rand(2))
+    assert len(seen) > 60 and all(h.is_contiguous(memory_format=torch.channels_last) for h in seen)
+    assert y.data_ptr() == seen[-1].data_ptr()  # and the output is the head's, not a copy
+
+
 @pytest.mark.parametrize("message, shape, kwargs", [
     ("cannot be halved 2 times: give fewer --mults", (6, 6, 1), dict(mults=(1, 1, 1))),
     ("must be multiples of 3 and of --heads 2", (4, 4, 1), dict(dim=13))])
