@@ -392,9 +392,9 @@ class UNet(nn.Module):
             h = part(h, c)
         for part in self.up:
             h = part(h, c, skips.pop()) if isinstance(part, UNetBlock) else part(h)
-        return self.readout(h).reshape(len(x), x.shape[1], -1)
+        return self.outputs(h).reshape(len(x), x.shape[1], -1)
 
-    def readout(self, h: Tensor) -> Tensor:
+    def outputs(self, h: Tensor) -> Tensor:
         """(B, c, H, W) -> (B, H, W, colours x outputs): a function, and so compiled, as blocks."""
         return self.head(F.silu(self.norm(h))).movedim(1, -1)
 
@@ -984,10 +984,11 @@ class DDP:
         is where `shard` has seen to that."""
         if hasattr(model, "unshard"):
             return model
-        if compile and self.on_cuda and any(isinstance(m, UNet) for m in model.modules()):
-            # ADM's blocks are of 10 kinds; beyond 8 torch would leave the rest uncompiled.
+        net = model
+        if compile and self.on_cuda:
+            # A U-Net's blocks are compiled kind by kind: ADM's are 10, beyond 8 torch would stop.
             torch._dynamo.config.recompile_limit = 64
-        net = torch.compile(model, dynamic=False) if compile and self.on_cuda else model
+            net = torch.compile(model, dynamic=False)
         if self.world > 1:
             devices = [self.device.index] if self.on_cuda else None
             # One bucket (its unit is MiB): gradients sent during backward slow it by more than they

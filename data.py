@@ -1598,11 +1598,12 @@ ENGLISH27_CLEANED = {  # archive -> pattern, replacement: tags and markup go
 ENGLISH27_OTHERS = r"(?i)(.*/)?(?!\.)((?!readme)[^/])*"  # of the other archives: no README, no dot
 
 
-def english27_documents(corpus: str, path: Path) -> Iterator[str]:
-    """The normalised documents of one NLTK archive, those of at least 200 characters."""
+def english27_documents(corpus: str, path: Path, clean: Callable = normalise) -> Iterator[str]:
+    """The documents of one NLTK archive without its tags, then as `clean` leaves them, those of at
+    least 200 characters."""
     for _, content in members(path, ENGLISH27_KEPT.get(corpus, ENGLISH27_OTHERS)):
         text = content.decode("latin-1")
-        text = normalise(re.sub(*ENGLISH27_CLEANED.get(corpus, ("^$", "")), text))
+        text = clean(re.sub(*ENGLISH27_CLEANED.get(corpus, ("^$", "")), text))
         if len(text) >= 200:
             yield text
 

@@ -21,21 +21,17 @@ import common  # noqa: E402
 import data  # noqa: E402
 
 
-def documents(archive: Path) -> list[str]:
-    """Texts of 200 characters or more of one NLTK archive, without its tags."""
-    name = archive.stem
-    kept = data.members(archive, data.ENGLISH27_KEPT.get(name, data.ENGLISH27_OTHERS))
-    texts = (re.sub(*data.ENGLISH27_CLEANED.get(name, ("^$", "")), content.decode("latin-1"))
-             for _, content in kept)
-    return [text for text in (re.sub(r"[^\S\n]+", " ", x).strip() for x in texts)
-            if len(text) >= 200]
+def spaced(text: str) -> str:
+    """With single spaces, and lines as they are."""
+    return re.sub(r"[^\S\n]+", " ", text).strip()
 
 
 def main(args: argparse.Namespace) -> None:
     builder = data.DatasetBuilder([args.data_dir / "nltk"])
     builder.folders[0].mkdir(parents=True, exist_ok=True)
     texts = [text for name in data.ENGLISH27_ARCHIVES
-             for text in documents(builder.fetch(f"{data.NLTK_URL}{name}.zip"))]
+             for text in data.english27_documents(
+                 name, builder.fetch(f"{data.NLTK_URL}{name}.zip"), spaced)]
     random.Random(0).shuffle(texts)
     coder = tiktoken.get_encoding("gpt2")
     ids = np.concatenate([np.array([*coder.encode_ordinary(text), coder.eot_token], np.uint16)

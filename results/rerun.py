@@ -25,6 +25,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+from code_adapt import METHODS  # noqa: E402
+from pixels import MNIST  # noqa: E402
 
 
 class Job(NamedTuple):
@@ -55,9 +57,10 @@ VOCABULARY = {  # at GPT-2's
 GPT2 = ("cadd.py --dataset {data}/nltk-gpt2 --dim 384 --depth 6 --heads 6 --length 512 "
         "--batch_size 128 --micro_batch 64 --steps 1500 --lr 1e-3 --hint_noise 1 --no-hint_out "
         "--samples 64 --temperature 1 --sample_steps 128 --eval_draws 2 --eval_sequences 500")
-ADAPTED = "mdm", "cadd", "cadd-weak"
 CODE = ("results/code_adapt.py --runs {runs}/code --save {results}/code-adapt.json "
         "--data_dir {data}")
+DIGITS = {name: 13 if "vadd" in name else 6  # minutes, the longest first
+          for name in sorted(MNIST, key=lambda name: "vadd" not in name)}
 PIXELS = "--data_dir {data} --runs {runs} --results {results}"
 LATENT = (f"vadd.py {SMALL} --kl_ramp 1500 --bound_steps 1,8 --K 16 --eval_draws 2 "
           "--positions --latent_at prefix --pool attention")
@@ -116,18 +119,16 @@ JOBS: dict[str, Job] = {
                     "--runs {runs}/collapse --out {results}"),
     "code-ar": Job("code", 3, f"{CODE} --only ar", share=0.5),
 } | {
-    f"code-{name}": Job("code", 7, f"{CODE} --only {name}", ("code-ar",)) for name in ADAPTED
+    f"code-{name}": Job("code", 7, f"{CODE} --only {name}", ("code-ar",)) for name in METHODS
 } | {
-    "code": Job("code", 1, CODE, tuple(f"code-{name}" for name in ADAPTED), 0.5),
+    "code": Job("code", 1, CODE, tuple(f"code-{name}" for name in METHODS), 0.5),
 } | {
     f"mnist-{name}-{seed}": Job("pixels", minutes, f"results/pixels.py mnist --only {name} "
                                 f"--seeds {seed} {PIXELS} --steps {{steps}}")
-    for seed in (0, 1) for name, minutes in (("vadd-ours", 13), ("vadd", 13), ("cadd", 6),
-                                             ("mdlm", 5))
+    for seed in (0, 1) for name, minutes in DIGITS.items()
 } | {
     "mnist": Job("pixels", 3, f"results/pixels.py mnist --seeds 0,1 {PIXELS} --steps {{steps}}",
-                 tuple(f"mnist-{n}-{s}" for s in (0, 1) for n in ("vadd-ours", "vadd", "cadd",
-                                                                  "mdlm"))),
+                 tuple(f"mnist-{name}-{seed}" for seed in (0, 1) for name in DIGITS)),
 } | {
     f"photos-{name}": Job("pixels", 6, f"results/pixels.py folder --only {name} --dataset "
                           f"{{photos}} {PIXELS} --steps {{steps}}") for name in ("mdlm", "cadd")

@@ -5,8 +5,8 @@
     python results/scaling.py --device cpu --gpus 1 2 --tiny         does it run?
 
 Weak: 64 sequences a GPU. Strong: the preset's 512 in all. Each row is one `--mode bench`, and all
-rows are made on one machine. `profile` adds what the GPU did in a step, in milliseconds: computing,
-in NCCL, and in NCCL with nothing else going on, which is what several GPUs cost.
+rows are made on one machine. `profile` adds what the GPU did, as shares of the time: computing, in
+NCCL, which sends gradients, and in NCCL with nothing else going on.
 """
 
 from __future__ import annotations
