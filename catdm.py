@@ -71,6 +71,7 @@ class Config(common.RunConfig):
     bytes: bool = arg(False, "own text as 256 symbols, its UTF-8 bytes, not as characters")
     vocab: int = arg(10_000, "translation: tokens of the joint byte-pair encoding", 260, 10**6)
     lower: bool = arg(False, "translation: lower-case all text")
+    distilled: str = arg("", "translation: file whose line i replaces training target i")
     max_number: int = arg(9999, "numbers: the largest", 20, 999_999)
     objective: str = arg("catdm", "catdm, or csdm: the bound of Eq. 2, without L_CM and dropping",
                          choices=("catdm", "csdm"))
@@ -702,7 +703,7 @@ def load(cfg: Config, tokenizer: dict | None = None) -> Data:
         raise RunError(f"--tokens is for ffhq, lsun and imagenet: say --dataset {cfg.tokens} alone")
     if cfg.task == "pairs" and not (tokenizer and cfg.source):
         return load_pairs(cfg.dataset, cfg.data_dir, cfg.length, cfg.vocab, cfg.max_number,
-                          lower=cfg.lower, synthetic=synthetic)
+                          lower=cfg.lower, distilled=cfg.distilled, synthetic=synthetic)
     if tokenizer:
         return (PairData if cfg.task == "pairs" else Sequences).from_tokenizer(tokenizer)
     name = cfg.tokens if cfg.tokens and not synthetic else cfg.dataset

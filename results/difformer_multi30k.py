@@ -8,11 +8,13 @@
 The stages, in this order:
 train      Table 7: the preset, and the same without rescaling, with the rounding loss, and with
            both; and without a second loss (Table 1's first row, whose ANI stands beside)
-beams      Table 15: b1 lengths x b2 noises
+beams      Table 15: b1 lengths x b2 noises, on valid, then on test; last the one that is best on
+           valid, whose translations stay in the run folder
 speed      Table 8: K decoding steps, without early stopping, and sentences per second: a batch,
            and one sentence at a time as in the paper; nothing else should be on the GPU
 
-A finished training is not repeated. OUT/difformer-multi30k.json has all figures of the test split
+--only NAME... makes these runs alone. "distilled", the preset on another model's translations, needs
+--distilled FILE. A finished training is not repeated. OUT/difformer-multi30k.json has all figures
 that are there; BLEU is lower-cased, tokenised as sacreBLEU's 13a.
 """
 
@@ -35,6 +37,7 @@ RUNS = {
     "rounding": ["--loss", "rounding"],
     "rounding, F = 1": ["--loss", "rounding", "--factor", "1"],
     "no second loss": ["--loss", "none"],
+    "distilled": [],  # --distilled FILE
 }
 BEAMS = (1, 1), (1, 9), (3, 3), (5, 2), (9, 1), (5, 4), (7, 3), (9, 2), (10, 5)  # Table 15's
 STEPS = 1, 10, 20, 2000
@@ -55,11 +58,13 @@ def difformer(name: str, log: str, flags: list[str], args: argparse.Namespace) -
          folder / f"{log}.txt")
 
 
-def test(name: str, setting: str, flags: list[str], args: argparse.Namespace) -> dict:
-    """Figures of the test split, kept in the run's folder as test-SETTING.json."""
-    file = folder_of(name, args) / f"test-{setting}.json"
-    difformer(name, f"test-{setting}",
-              ["--mode", "eval", "--split", "test", "--save", str(file), *flags], args)
+def test(name: str, setting: str, flags: list[str], args: argparse.Namespace,
+         split: str = "test") -> dict:
+    """Figures of a split, kept in the run's folder as SPLIT-SETTING.json."""
+    file = folder_of(name, args) / f"{split}-{setting}.json"
+    if not file.exists():
+        difformer(name, file.stem,
+                  ["--mode", "eval", "--split", split, "--save", str(file), *flags], args)
     return json.loads(file.read_text())["figures"]
 
 
@@ -70,23 +75,33 @@ def train(args: argparse.Namespace) -> None:
         if not result.exists():
             flags = ["--steps", str(args.steps), "--save_every", "5000"]
             flags += (TINY if args.tiny else []) + args.flags + RUNS[name]
+            flags += ["--distilled", args.distilled] * (name == "distilled")
             difformer(name, "train", flags, args)
         valid = json.loads(result.read_text())["figures"]
         figures = test(name, "default", [], args)
         print(f"{name:16s} valid {valid['bleu']['value']:.2f}, test {figures['bleu']['value']:.2f},"
               f" ANI {figures['anisotropy']['value']:.3f}; {time.time() - BEGIN:.0f} s", flush=True)
 
-    with ThreadPoolExecutor(len(RUNS)) as pool:
-        list(pool.map(one, RUNS))
+    with ThreadPoolExecutor(len(args.only)) as pool:
+        list(pool.map(one, args.only))
 
 
 def beams(args: argparse.Namespace) -> None:
-    for b1, b2 in BEAMS:
+    def score(name: str, beam: tuple[int, int], split: str) -> float:
+        b1, b2 = beam
         flags = ["--length_beam", str(b1), "--noise_beam", str(b2),
                  "--sample_batch", str(4500 // (b1 * b2))]  # candidates at once
-        found = test("main", f"beams-{b1}-{b2}", flags, args)
-        print(f"beams {b1} x {b2}: {found['bleu']['value']:.2f}; {time.time() - BEGIN:.0f} s",
+        found = test(name, f"beams-{b1}-{b2}", flags, args, split)["bleu"]["value"]
+        print(f"{name}, {split}, beams {b1} x {b2}: {found:.2f}; {time.time() - BEGIN:.0f} s",
               flush=True)
+        return found
+
+    for name in (x for x in ("main", "distilled") if x in args.only):
+        with ThreadPoolExecutor(4) as pool:
+            valid = list(pool.map(lambda beam: score(name, beam, "valid"), BEAMS))
+            *others, chosen = sorted(BEAMS, key=dict(zip(BEAMS, valid)).get)
+            list(pool.map(lambda beam: score(name, beam, "test"), others))
+        score(name, chosen, "test")  # last: its translations-test.jsonl stays
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -113,9 +128,10 @@ def gather(args: argparse.Namespace) -> dict:
             keys = "step", "train_seconds", "factor", "config", "commit", "torch", "hardware"
             found[name] = {k: result[k] for k in keys if k in result}
             found[name]["valid"] = result["figures"]
-            found[name]["test"] = {
-                file.stem.removeprefix("test-"): json.loads(file.read_text())["figures"]
-                for file in sorted(folder.glob("test-*.json"))}
+            for split, key in (("test", "test"), ("valid", "valid_beams")):
+                found[name][key] = {
+                    file.stem.removeprefix(f"{split}-"): json.loads(file.read_text())["figures"]
+                    for file in sorted(folder.glob(f"{split}-*.json"))}
     return found
 
 
@@ -128,6 +144,9 @@ def main() -> None:
     parser.add_argument("--out", default="results", help="where the figures go")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--steps", type=int, default=15_000, help="training steps")
+    parser.add_argument("--only", nargs="+", choices=RUNS, help="these runs (default: all, without "
+                        "distilled unless --distilled is given)")
+    parser.add_argument("--distilled", default="", help="translations of the training pairs")
     parser.add_argument("--tiny", action="store_true", help="smallest networks, few sentences")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[],
@@ -135,6 +154,9 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"no stage is called {', '.join(sorted(unknown))}")
+    args.only = args.only or [name for name in RUNS if name != "distilled" or args.distilled]
+    if "distilled" in args.only and not args.distilled:
+        parser.error("--only distilled needs --distilled FILE")
     for stage in STAGES:
         if stage in args.stages:
             STAGES[stage](args)

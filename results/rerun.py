@@ -69,6 +69,8 @@ PAIRS = "--dataset multi30k --data_dir {data} --out {runs}/ar-m30k"
 AR_PAIRS = f"results/ar_baseline.py {PAIRS} --dim 256 --depth 4 --keep best --save_every 250"
 CATDM_PAIRS = ("catdm.py --dataset multi30k --data_dir {data} --recon_share .25 "
                "--out {runs}/catdm-m30k")
+DIFFORMER = ("results/difformer_multi30k.py --data_dir {data} --runs {runs}/difformer-m30k --out "
+             "{results}")
 BENCH = ("cadd.py --dataset cifar10", "cadd.py --dataset imagenet32 --batch_size 256",
          "vadd.py --dataset cifar10 --batch_size 128")
 JOBS: dict[str, Job] = {
@@ -77,7 +79,8 @@ JOBS: dict[str, Job] = {
     "cadd27": Job("claims", 12, f"cadd.py {E27} --out {{runs}}/cadd27"),
     "temperatures": Job(
         "claims", 4, "results/temperatures.py {runs}/mdlm27 {runs}/cadd27 '{runs}/cadd27 --z0_hat "
-        "hard' --data_dir {data} --out {results}/cadd-english27-full", ("mdlm27", "cadd27")),
+        "hard' --data_dir {data} --judge {runs}/ar27 --out {results}/cadd-english27-full",
+        ("mdlm27", "cadd27", "ar27")),
     "ar27": Job("claims", 11, f"{AR_TEXT} --dropout .1 --save_every 250; {AR_TEXT} --mode eval"),
 } | {
     # seeds of the contrast, ablations, half the budget from an MDM (C.1)
@@ -105,16 +108,18 @@ JOBS: dict[str, Job] = {
     # translation: the yardstick, its targets, both methods
     "ar-m30k": Job("pairs", 5, f"{AR_PAIRS}; {AR_PAIRS} --mode eval --split test; {AR_PAIRS} "
                    "--mode eval --split train", share=0.5),
-    "difformer-distilled": Job(
-        "pairs", 9, "difformer.py --dataset multi30k --data_dir {data} --distilled "
-        "{runs}/ar-m30k/translations-train.txt --out {runs}/difformer-distilled; difformer.py "
-        "--mode eval --split test --out {runs}/difformer-distilled", ("ar-m30k",), 0.5),
-    "catdm-m30k": Job("pairs", 17, f"{CATDM_PAIRS}; {CATDM_PAIRS} --mode eval --split test",
-                      share=0.5),
-    "catdm-m30k-plain": Job("pairs", 14, f"{CATDM_PAIRS}-plain --no-self_condition; {CATDM_PAIRS}"
-                            "-plain --mode eval --split test", share=0.5),
-    "difformer-m30k": Job("pairs", 30, "results/difformer_multi30k.py --data_dir {data} --runs "
-                          "{runs}/difformer-m30k --out {results}", share=0.5),
+    "difformer-main": Job("pairs", 12, f"{DIFFORMER} train beams --only main", share=0.5),
+    "difformer-distilled": Job("pairs", 12, f"{DIFFORMER} train beams --only distilled --distilled "
+                               "{runs}/ar-m30k/translations-train.txt", ("ar-m30k",), 0.5),
+} | {
+    f"catdm-m30k{name}": Job("pairs", 15, f"{CATDM_PAIRS}{name} {flags}; {CATDM_PAIRS}{name} "
+                             "--mode eval --split test", needs, 0.5)
+    for name, flags, needs in (
+        ("", "", ()), ("-plain", "--no-self_condition", ()),
+        ("-distilled", "--distilled {runs}/ar-m30k/translations-train.txt", ("ar-m30k",)))
+} | {
+    "difformer-ablations": Job("pairs", 25, f"{DIFFORMER} train", ("difformer-main",)),
+    "difformer-speed": Job("pairs", 4, f"{DIFFORMER} speed", ("difformer-main",)),
     "collapse": Job("collapse", 12, "results/catdm_collapse.py mnist english27 --data_dir {data} "
                     "--runs {runs}/collapse --out {results}"),
     "code-ar": Job("code", 3, f"{CODE} --only ar", share=0.5),

@@ -4,7 +4,8 @@
 
 A model that draws at a lower temperature, or repeats itself, spells better. So two models compare
 at equal entropy only. OUT.json keeps the points (those that are there are not drawn again),
-OUT.png has one panel for each number of steps and one curve for each run.
+OUT.png has one panel for each number of steps and one curve for each run. With --judge RUN, of
+results/ar_baseline.py, each point has the judge's perplexity too, and the picture a second row.
 """
 import argparse
 import json
@@ -19,8 +20,9 @@ from data import load_dataset  # noqa: E402
 
 
 def points(run: str, steps: list[int], temperatures: list[float], flags: list[str],
-           known: dict[str, list], data_dir: str) -> None:
-    """Adds to `known` ["RUN, T steps"] the triples [temperature, share of words, entropy]."""
+           known: dict[str, list], data_dir: str, judge: metrics.Judge | None) -> None:
+    """Adds to `known` ["RUN, T steps"] the points [temperature, share of words, entropy], and
+    after these the perplexity by a judge."""
     folder, *own = shlex.split(run)
     out = Path(folder)
     dataset = json.loads((out / "result.json").read_text())["dataset"]
@@ -31,8 +33,10 @@ def points(run: str, steps: list[int], temperatures: list[float], flags: list[st
         flags_here = [*own, *flags, "--data_dir", data_dir, "--temperature", str(temperature)]
         for T, file in metrics.draw_sweep(out, new, flags_here).items() if new else ():
             rows = metrics.read_samples(file)
-            found[T].append([temperature, metrics.spelled([row["text"] for row in rows], words),
-                             metrics.entropy([row["ids"] for row in rows])])
+            texts = [row["text"] for row in rows]
+            found[T].append([temperature, metrics.spelled(texts, words),
+                             metrics.entropy([row["ids"] for row in rows]),
+                             *([judge.perplexities(texts, 64)[0]] if judge else [])])
             found[T].sort()
 
 
@@ -43,20 +47,27 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 32, 256])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.9, 0.8])
     parser.add_argument("--out", type=Path, default=Path("results/temperatures"))
+    parser.add_argument("--judge", default="", help="a run of results/ar_baseline.py")
     parser.add_argument("--data_dir", default="data", help="where datasets are")
     args, flags = parser.parse_known_args()  # others go to the script: --samples, --device
     file = args.out.with_suffix(".json")
     kept = json.loads(file.read_text()) if file.exists() else {}
     known = kept.setdefault("points", {})
+    judge = metrics.Judge(args.judge) if args.judge else None
     for run in args.runs:
         points(run, args.steps, args.temperatures, ["--samples", "256", *flags], known,
-               args.data_dir)
+               args.data_dir, judge)
         common.write_text(file, json.dumps(kept, indent=1))
     panels = []
-    for T in sorted({int(name.split(", ")[-1].split()[0]) for name in known}):
-        lines = {name.removesuffix(f", {T} steps"): ([x[2] for x in found], [x[1] for x in found])
-                 for name, found in known.items() if name.endswith(f", {T} steps")}
-        panels.append((lines, dict(title=f"{T} steps", xlabel="entropy of letters, nats",
-                                   ylabel="words spelled as in the training text")))
+    judged = all(len(point) > 3 for found in known.values() for point in found)
+    for k, label in ((1, "words spelled as in the training text"), (3, "perplexity by the judge")):
+        for T in sorted({int(name.split(", ")[-1].split()[0]) for name in known}):
+            lines = {name.removesuffix(f", {T} steps"): ([x[2] for x in found],
+                                                         [x[k] for x in found])
+                     for name, found in known.items() if name.endswith(f", {T} steps")}
+            panels.append((lines, dict(title=f"{T} steps", ylabel=label,
+                                       xlabel="entropy of letters, nats")))
+        if not judged:
+            break
     metrics.draw_lines(args.out.with_suffix(".png"), panels, list(panels[0][0]))
     print(args.out.with_suffix(".png"))
