@@ -1,15 +1,18 @@
-"""results/scaling.py and results/pixels.py, whose commands are stubbed: nothing is trained."""
+"""Scripts of results/ that run others, whose commands are stubbed: nothing is trained."""
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import common
+import difformer_multi30k
 import pixels
 import scaling
+import temperatures
 
 # ------------------------------------------------------------------------- results/scaling.py
 
@@ -148,3 +151,91 @@ def test_a_name_that_is_no_method_is_refused(pixel_runs, capsys):
         with pytest.raises(SystemExit) as error:
             pixel_runs(*flags)
         assert error.value.code == 2 and "mdlm" in capsys.readouterr().err
+
+
+# ------------------------------------------------- results/difformer_multi30k.py, temperatures.py
+
+
+@pytest.fixture
+def translations(tmp_path, monkeypatch):
+    """Runs difformer_multi30k.py with the flags given -> the commands, whose BLEU on valid is
+    best at 5 x 2, on test at 1 x 1."""
+    best = {"valid": ("5", "2"), "test": ("1", "1")}
+
+    def go(*flags):
+        commands = []
+
+        def call(command, log):
+            commands.append(command)
+            told = dict(zip(command, command[1:]))
+            beam = told.get("--length_beam"), told.get("--noise_beam")
+            split = told.get("--split", "valid")
+            figures = {name: dict(value=float(beam == best[split])) for name in (
+                "bleu", "anisotropy")}
+            common.write_json(Path(told.get("--save", f"{told['--out']}/result.json")),
+                              dict(step=3, figures=figures))
+
+        monkeypatch.setattr(difformer_multi30k, "call", call)
+        monkeypatch.setattr(sys, "argv", ["x", *flags, "--runs", str(tmp_path / "runs"), "--out",
+                                          str(tmp_path)])
+        difformer_multi30k.main()
+        return commands
+    return go
+
+
+def test_candidates_are_chosen_on_valid(translations, tmp_path):
+    """All settings on valid come first; the last on test is valid's best, so that its translations
+    stay. What was scored is not scored again."""
+    commands = translations("train", "beams", "--only", "main")
+    asked = [(told["--split"], told["--length_beam"], told["--noise_beam"]) for told in (
+        dict(zip(x, x[1:])) for x in commands) if "--length_beam" in told]
+    assert [x[0] for x in asked] == ["valid"] * 9 + ["test"] * 9 and len(set(asked)) == 18
+    assert asked[-1] == ("test", "5", "2")
+    table = json.loads((tmp_path / "difformer-multi30k.json").read_text())
+    assert list(table) == ["main"] and len(table["main"]["valid_beams"]) == 9
+    assert table["main"]["valid_beams"]["beams-5-2"]["bleu"]["value"] == 1
+    assert table["main"]["test"]["beams-5-2"]["bleu"]["value"] == 0
+    assert translations("train", "beams", "--only", "main") == []
+
+
+def test_distilled_targets_go_to_one_run_alone(translations, tmp_path, capsys):
+    """Which is made when it is asked for; then both runs' candidates are chosen."""
+    assert sum("--mode" not in x for x in translations("train", "beams")) == 5
+    (tmp_path / "runs/main/result.json").unlink()
+    commands = translations("train", "beams", "--distilled", "file.txt")
+    trained = [dict(zip(x, x[1:])) for x in commands if "--mode" not in x]
+    assert {Path(x["--out"]).name: x.get("--distilled") for x in trained} == {
+        "main": None, "distilled": "file.txt"} and len(commands) == 2 + 1 + 18
+    with pytest.raises(SystemExit) as error:
+        translations("train", "--only", "distilled")
+    assert error.value.code == 2 and "--distilled FILE" in capsys.readouterr().err
+
+
+def test_points_of_a_run_are_drawn_once_and_judged(tmp_path, monkeypatch):
+    """[temperature, words, entropy, perplexity], by temperature; flags of a run reach the sampler;
+    what is there is not drawn again."""
+    (tmp_path / "result.json").write_text('{"dataset": "pydoc"}')
+    drawn = []
+
+    def draw_sweep(out, steps, flags):
+        drawn.append((list(steps), flags))
+        for T in steps:
+            text = "a the a" if flags[-1] == "0.5" else "a xqz a"
+            common.write_jsonl(tmp_path / f"{T}.jsonl", [dict(text=text, ids=[0, 1])])
+        return {T: tmp_path / f"{T}.jsonl" for T in steps}
+
+    class Judge:
+        def perplexities(self, texts, batch):
+            return float(len(texts) + (texts == ["a the a"])), None
+
+    monkeypatch.setattr(temperatures.metrics, "draw_sweep", draw_sweep)
+    monkeypatch.setattr(temperatures.metrics, "words", lambda data: {"the"})
+    monkeypatch.setattr(temperatures, "load_dataset", lambda *_: None)
+    known, run = {}, f"{tmp_path} --z0_hat hard"
+    temperatures.points(run, [2, 4], [1.0, 0.5], ["--samples", "1"], known, "d", Judge())
+    even = pytest.approx(np.log(2))
+    assert known[f"{run}, 2 steps"] == [[0.5, 1, even, 2.0], [1.0, 0, even, 1.0]]
+    assert [x[0] for x in drawn] == [[2, 4]] * 2 and drawn[0][1][:4] == [
+        "--z0_hat", "hard", "--samples", "1"]
+    temperatures.points(run, [2, 8], [0.5], [], known, "d", None)
+    assert [x[0] for x in drawn[2:]] == [[8]] and known[f"{run}, 8 steps"] == [[0.5, 1, even]]
