@@ -270,6 +270,27 @@ class Attention(nn.Module):
         return self.out(h.transpose(1, 2).reshape(B, L, d))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Compiled for a GPU, first each channel's moments, then the group's from these: so that memory
+    is read in order, and channels stay last. torch's own makes transposed copies there, which took
+    as long as the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (torch.compiler.is_compiling() and x.is_cuda):
+            return super().forward(x)
+        return self.by_channel(x)
+
+    def by_channel(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape, in float32, as torch's own under autocast."""
+        (B, C), groups, x = x.shape[:2], self.num_groups, x.float()
+        var, mean = (v.view(B, groups, -1) for v in torch.var_mean(x, (2, 3), correction=0))
+        var = var.mean(-1, True) + mean.var(-1, correction=0, keepdim=True)
+        scale = self.weight.view(groups, -1) * (var + self.eps).rsqrt()      # (B, groups, C/groups)
+        shift = self.bias.view(groups, -1) - mean.mean(-1, True) * scale
+        scale, shift = (v.view(B, C, 1, 1) for v in (scale, shift))
+        return x * scale + shift
+
+
 class UNetBlock(nn.Module):
     """Two 3 x 3 convolutions, between them the condition, which is added (VDM) or scales and shifts
     (ADM); then attention over all pixels, if it has heads. Starts as the identity, or its skip."""
@@ -278,12 +299,12 @@ class UNetBlock(nn.Module):
                  scale_shift: bool, heads: int = 0):
         super().__init__()
         self.dropout, self.scale_shift = dropout, scale_shift
-        self.norm1, self.norm2 = (nn.GroupNorm(groups, c) for c in (c_in, c_out))
+        self.norm1, self.norm2 = (GroupNorm(groups, c) for c in (c_in, c_out))
         self.conv1, self.conv2 = (nn.Conv2d(c, c_out, 3, padding=1) for c in (c_in, c_out))
         self.condition = nn.Linear(cond_dim, (1 + scale_shift) * c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out, heads) if heads else None
-        self.norm3 = nn.GroupNorm(groups, c_out) if heads else None
+        self.norm3 = GroupNorm(groups, c_out) if heads else None
         for layer in (self.condition, self.conv2, *([self.attention.out] if heads else [])):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -365,7 +386,7 @@ class UNet(nn.Module):
             if k:
                 up.append(nn.Upsample(scale_factor=2))
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
-        self.norm = nn.GroupNorm(groups, c)
+        self.norm = GroupNorm(groups, c)
         self.head = sized(nn.Conv2d(c, colours * outputs, 3, padding=1), 0)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -988,6 +1009,7 @@ class DDP:
         if compile and self.on_cuda:
             # A U-Net's blocks are compiled kind by kind: ADM's are 10, beyond 8 torch would stop.
             torch._dynamo.config.recompile_limit = 64
+            torch.backends.cudnn.benchmark = True  # the fastest way of each convolution, by trial
             net = torch.compile(model, dynamic=False)
         if self.world > 1:
             devices = [self.device.index] if self.on_cuda else None

@@ -109,7 +109,7 @@ def test_equal_blocks_are_compiled_once(monkeypatch):
         graphs.append(sum("conv2d" in str(node.target) for node in graph.graph.nodes))
         return graph
     monkeypatch.setattr(torch, "compile", lambda net, **flags: compile(net, backend=count, **flags))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # torch's, and put back
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back
 
     class Loss(torch.nn.Module):
         def __init__(self, depth):
@@ -129,10 +129,47 @@ def test_equal_blocks_are_compiled_once(monkeypatch):
         model = Loss(depth)
         torch._dynamo.reset()
         graphs.clear()
-        net = ddp.wrap(model, True)
-        for _ in range(2):
-            assert all(map(torch.equal, step(net), step(model)))
+        with torch._dynamo.config.patch(recompile_limit=8):  # torch's, and put back
+            net = ddp.wrap(model, True)
+            for _ in range(2):
+                assert all(map(torch.equal, step(net), step(model)))
         assert len(graphs) == 13 and sum(n >= 2 for n in graphs) == 10  # 2 or 3 convolutions
+    assert torch.backends.cudnn.benchmark
+
+
+def test_the_norm_by_channels_is_torchs():
+    """Output and gradients, with a mean far above the deviation; half precision is normalised in
+    float32, and channels stay last."""
+    torch.manual_seed(0)
+    own, other = common.GroupNorm(4, 12), torch.nn.GroupNorm(4, 12)
+    for p, q in zip(own.parameters(), other.parameters()):
+        q.data.copy_(torch.nn.init.normal_(p))
+    x = (30 + torch.randn(3, 12, 4, 6)).to(memory_format=torch.channels_last)
+    scale, weight = torch.rand(3, 12, 1, 1), torch.randn(3, 12, 4, 6)
+    found = []
+    for norm in (own.by_channel, own, other):
+        module = other if norm is other else own
+        z = (x * scale).requires_grad_()
+        y = norm(z)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        found.append([y, *torch.autograd.grad((y * weight).sum(), [z, *module.parameters()])])
+    for y in found[:2]:  # 1e-4: float32 at 30 deviations from 0
+        torch.testing.assert_close(y, found[2], rtol=1e-4, atol=1e-4)
+    y = own.by_channel(x.bfloat16())
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, other(x.bfloat16().float()), rtol=1e-4, atol=1e-4)
+
+
+def test_the_norm_by_channels_is_for_gpus_alone(monkeypatch):
+    """torch's own is faster elsewhere, and where nothing is compiled."""
+    norm, used = common.GroupNorm(1, 2), []
+    monkeypatch.setattr(common.GroupNorm, "by_channel", lambda _, x: used.append(1) or x)
+    for compiled, cuda in itertools.product((False, True), repeat=2):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+        x = torch.ones(1, 2, 1, 1)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", cuda)
+        norm(x)
+        assert len(used) == (compiled and cuda)
 
 
 @pytest.mark.parametrize("amp", [False, True])
