@@ -654,8 +654,10 @@ def compiled_for_all_lengths(model: CATDM, cfg: Config, ddp: common.DDP, backend
     """`model` compiled once for sentences of all lengths, on a batch that is not a real one: sizes
     that are equal in the first call are taken for one and compiled again when they differ, and so
     is a size that is a layer's width, or no multiple of 8 as real lengths are."""
-    # The analysis left out fails an assertion of its own on shapes that vary (torch 2.11).
-    options = {"triton.coalesce_tiling_analysis": False} if backend == "inductor" else None
+    # The first fails an assertion of its own on shapes that vary (torch 2.11); the second compiles
+    # again, for minutes, where a batch is larger or smaller than some size of its own.
+    left_out = ("triton.coalesce_tiling_analysis", "triton.mix_order_reduction")
+    options = dict.fromkeys(left_out, False) if backend == "inductor" else None
     net = torch.compile(model, dynamic=True, backend=backend, options=options)
     at, D = dict(device=ddp.device), cfg.embed_dim
     lengths = [k for k in range(2, model.student.length + 1) if k not in (D, cfg.dim, cfg.heads)]

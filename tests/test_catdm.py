@@ -1256,10 +1256,28 @@ def test_translation_compiles_once():
     assert len(graphs) == 2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_translation_compiles_once_on_a_gpu():
+    """Though torch's own compiler would cut B x N x dim x 1.25 at 5 x 2^20 (torch 2.11)."""
+    cfg = common.parse_config(catdm, [*TINY, *PAIRS, "--out", "none", "--recon_share", "0.25",
+                                      "--dim", "512", "--self_condition", "--device", "cuda"])
+    ddp = common.DDP.start(cfg)
+    model = CATDM(Translator(cfg, 50, 32)).to(ddp.device)
+    net = catdm.compiled_for_all_lengths(model, cfg, ddp)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for B, N in [(8, 8), (300, 16), (512, 16), (600, 24)]:
+            x = torch.ones(B, N, dtype=torch.long, device=ddp.device)
+            noise = torch.rand(B), torch.rand(B, N + 3), torch.randn(B, N, cfg.embed_dim)
+            noise += torch.randn(-(-B // 4), N, cfg.embed_dim),
+            for coin in (False, True):
+                with ddp.autocast():
+                    net(x, x.clone(), *map(ddp.put, noise), x != PAD, coin)[0].sum().backward()
+
+
 @pytest.mark.parametrize("length,want", [(32, (24, 32)), (8, (8, 7))])
 def test_translation_compiles_on_lengths_like_real_ones(length, want, monkeypatch):
     """Multiples of 8 that differ and are no layer's width (16), as far as there are any; and this
-    torch knows the option that is given to its compiler."""
+    torch knows the options that are given to its compiler."""
     seen, compile = [], torch.compile
 
     def record(model, **flags):
