@@ -8,8 +8,8 @@
 The stages, in this order:
 train      Table 7: the preset, and the same without rescaling, with the rounding loss, and with
            both; and without a second loss (Table 1's first row, whose ANI stands beside)
-beams      Table 15: b1 lengths x b2 noises, on valid, then on test; last the one that is best on
-           valid, whose translations stay in the run folder
+beams      Table 15: b1 lengths x b2 noises, on valid, then on test; first the one that is best on
+           valid, whose translations are kept as chosen-test.jsonl
 speed      Table 8: K decoding steps, without early stopping, and sentences per second: a batch,
            and one sentence at a time as in the paper; nothing else should be on the GPU
 
@@ -99,9 +99,12 @@ def beams(args: argparse.Namespace) -> None:
     for name in (x for x in ("main", "distilled") if x in args.only):
         with ThreadPoolExecutor(4) as pool:
             valid = list(pool.map(lambda beam: score(name, beam, "valid"), BEAMS))
-            *others, chosen = sorted(BEAMS, key=dict(zip(BEAMS, valid)).get)
+            chosen, *others = sorted(BEAMS, key=dict(zip(BEAMS, valid)).get, reverse=True)
+            score(name, chosen, "test")
+            made = folder_of(name, args) / "translations-test.jsonl"
+            if made.exists():
+                made.replace(made.with_name("chosen-test.jsonl"))
             list(pool.map(lambda beam: score(name, beam, "test"), others))
-        score(name, chosen, "test")  # last: its translations-test.jsonl stays
 
 
 def speed(args: argparse.Namespace) -> None:

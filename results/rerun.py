@@ -1,8 +1,8 @@
 """The GPU runs that results/README.md says are still to be made, on all GPUs of a machine.
 
     python results/rerun.py --list                    what there is, with minutes on one H100
-    python results/rerun.py claims code               these groups, one job per free GPU
-    python results/rerun.py --only mdlm27 cadd27      these jobs
+    python results/rerun.py pixels pairs              these groups, one job per free GPU
+    python results/rerun.py --only ar-m30k catdm-m30k these jobs
 
 A job whose exit code was 0 is not made again, and each command resumes where it stopped: so the
 same line goes on after an interruption. RUNS/rerun/NAME.txt has what a job printed, RUNS/rerun/
@@ -25,7 +25,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from code_adapt import METHODS  # noqa: E402
 from pixels import MNIST  # noqa: E402
 
 
@@ -44,7 +43,7 @@ E27 = "--dataset english27 --data_dir {data}"
 SMALL = f"{E27} --dim 384 --depth 6 --heads 6 --steps 3000"
 MDLM = "--hint none --embed_norm .1"
 HINTS = {  # ablations at 6 x 384: flags beside the preset's --hint_in mean
-    "cadd": "--embed_norm .0122", "out": "--embed_norm .0122 --hint_out",
+    "out": "--embed_norm .0122 --hint_out",
     "c_in": "--embed_norm .0122 --hint_in c_in", "raw": "--embed_norm .0122 --hint_in raw",
     "raw-t": "--embed_norm .0122 --hint_in raw --time_cond", "norm-1": "--embed_norm .05",
     "free": "--embed_norm 0", "detach": "--embed_norm 0 --detach_hints",
@@ -57,45 +56,28 @@ VOCABULARY = {  # at GPT-2's
 GPT2 = ("cadd.py --dataset {data}/nltk-gpt2 --dim 384 --depth 6 --heads 6 --length 512 "
         "--batch_size 128 --micro_batch 64 --steps 1500 --lr 1e-3 --hint_noise 1 --no-hint_out "
         "--samples 64 --temperature 1 --sample_steps 128 --eval_draws 2 --eval_sequences 500")
-CODE = ("results/code_adapt.py --runs {runs}/code --save {results}/code-adapt.json "
-        "--data_dir {data}")
 DIGITS = {name: 13 if "vadd" in name else 6  # minutes, the longest first
           for name in sorted(MNIST, key=lambda name: "vadd" not in name)}
 PIXELS = "--data_dir {data} --runs {runs} --results {results}"
 LATENT = (f"vadd.py {SMALL} --kl_ramp 1500 --bound_steps 1,8 --K 16 --eval_draws 2 "
           "--positions --latent_at prefix --pool attention")
-AR_TEXT = f"results/ar_baseline.py {E27} --out {{runs}}/ar27 --keep best"
 PAIRS = "--dataset multi30k --data_dir {data} --out {runs}/ar-m30k"
 AR_PAIRS = f"results/ar_baseline.py {PAIRS} --dim 256 --depth 4 --keep best --save_every 250"
 CATDM_PAIRS = ("catdm.py --dataset multi30k --data_dir {data} --recon_share .25 "
                "--out {runs}/catdm-m30k")
 DIFFORMER = ("results/difformer_multi30k.py --data_dir {data} --runs {runs}/difformer-m30k --out "
              "{results}")
-BENCH = ("cadd.py --dataset cifar10", "cadd.py --dataset imagenet32 --batch_size 256",
-         "vadd.py --dataset cifar10 --batch_size 128")
+BENCH = "cadd.py --dataset imagenet32 --batch_size 256", "vadd.py --dataset cifar10"
 JOBS: dict[str, Job] = {
-    # CADD against MDLM at full size, then at equal entropy
-    "mdlm27": Job("claims", 11, f"cadd.py {E27} {MDLM} --out {{runs}}/mdlm27"),
-    "cadd27": Job("claims", 12, f"cadd.py {E27} --out {{runs}}/cadd27"),
-    "temperatures": Job(
-        "claims", 4, "results/temperatures.py {runs}/mdlm27 {runs}/cadd27 '{runs}/cadd27 --z0_hat "
-        "hard' --data_dir {data} --judge {runs}/ar27 --out {results}/cadd-english27-full",
-        ("mdlm27", "cadd27", "ar27")),
-    "ar27": Job("claims", 11, f"{AR_TEXT} --dropout .1 --save_every 250; {AR_TEXT} --mode eval"),
-} | {
-    # seeds of the contrast, ablations, half the budget from an MDM (C.1)
-    f"small-mdlm-{seed}": Job("seeds", 1.5, f"cadd.py {SMALL} {MDLM} --seed {seed} "
-                              f"--out {{runs}}/small-mdlm-{seed}", share=0.5) for seed in range(3)
-} | {
-    f"small-{name}-{seed}": Job("seeds" if name in ("cadd", "out") else "ablations", 1.7,
-                                f"cadd.py {SMALL} {flags} --seed {seed} "
-                                f"--out {{runs}}/small-{name}-{seed}", share=0.5)
-    for seed in range(3) for name, flags in HINTS.items()
+    # ablations of CADD, half the budget from an MDM (C.1)
+    f"small-{name}-{seed}": Job("ablations", 2, f"cadd.py {SMALL} {flags} --seed {seed} "
+                                f"--out {{runs}}/small-{name}-{seed}")
+    for seed in range(3) for name, flags in HINTS.items() if name != "out" or seed == 2
 } | {
     "small-tuned": Job(
-        "ablations", 2, f"cadd.py {SMALL} {MDLM} --steps 1500 --out {{runs}}/small-half; cadd.py "
+        "ablations", 3, f"cadd.py {SMALL} {MDLM} --steps 1500 --out {{runs}}/small-half; cadd.py "
         f"{SMALL} --steps 1500 --hint_at masked --embed_norm .1 --hint_noise 11.5 "
-        "--init_from {runs}/small-half --out {runs}/small-tuned", share=0.5),
+        "--init_from {runs}/small-half --out {runs}/small-tuned"),
     "gpt2-text": Job("vocabulary", 1, "results/gpt2_text.py --data_dir {data}", share=0.1),
 } | {
     f"gpt2-{name}": Job("vocabulary", 5, f"{GPT2} {flags} --out {{runs}}/gpt2-{name}",
@@ -106,13 +88,17 @@ JOBS: dict[str, Job] = {
     "toys": Job("latent", 6, "results/vadd_toys.py --methods vadd-1 --runs {runs}/toys --results "
                 "{results}", share=0.5),
     # translation: the yardstick, its targets, both methods
-    "ar-m30k": Job("pairs", 5, f"{AR_PAIRS}; {AR_PAIRS} --mode eval --split test; {AR_PAIRS} "
+    "ar-m30k": Job("pairs", 9, f"{AR_PAIRS}; {AR_PAIRS} --mode eval --split test; {AR_PAIRS} "
                    "--mode eval --split train", share=0.5),
-    "difformer-main": Job("pairs", 12, f"{DIFFORMER} train beams --only main", share=0.5),
-    "difformer-distilled": Job("pairs", 12, f"{DIFFORMER} train beams --only distilled --distilled "
+    "difformer-main": Job("pairs", 14, f"{DIFFORMER} train beams --only main", share=0.5),
+    "difformer-distilled": Job("pairs", 14, f"{DIFFORMER} train beams --only distilled --distilled "
                                "{runs}/ar-m30k/translations-train.txt", ("ar-m30k",), 0.5),
+    "difformer-small": Job(  # as small as the transformer
+        "pairs", 12, "difformer.py --dataset multi30k --data_dir {data} --dim 256 --ffn 512 --depth 4 "
+        "--distilled {runs}/ar-m30k/translations-train.txt --out {runs}/difformer-small; "
+        "difformer.py --mode eval --split test --out {runs}/difformer-small", ("ar-m30k",), 0.5),
 } | {
-    f"catdm-m30k{name}": Job("pairs", 15, f"{CATDM_PAIRS}{name} {flags}; {CATDM_PAIRS}{name} "
+    f"catdm-m30k{name}": Job("pairs", 18, f"{CATDM_PAIRS}{name} {flags}; {CATDM_PAIRS}{name} "
                              "--mode eval --split test", needs, 0.5)
     for name, flags, needs in (
         ("", "", ()), ("-plain", "--no-self_condition", ()),
@@ -122,11 +108,6 @@ JOBS: dict[str, Job] = {
     "difformer-speed": Job("pairs", 4, f"{DIFFORMER} speed", ("difformer-main",)),
     "collapse": Job("collapse", 12, "results/catdm_collapse.py mnist english27 --data_dir {data} "
                     "--runs {runs}/collapse --out {results}"),
-    "code-ar": Job("code", 3, f"{CODE} --only ar", share=0.5),
-} | {
-    f"code-{name}": Job("code", 7, f"{CODE} --only {name}", ("code-ar",)) for name in METHODS
-} | {
-    "code": Job("code", 1, CODE, tuple(f"code-{name}" for name in METHODS), 0.5),
 } | {
     f"mnist-{name}-{seed}": Job("pixels", minutes, f"results/pixels.py mnist --only {name} "
                                 f"--seeds {seed} {PIXELS} --steps {{steps}}")
@@ -140,7 +121,7 @@ JOBS: dict[str, Job] = {
 } | {
     "photos": Job("pixels", 4, f"results/pixels.py folder --dataset {{photos}} {PIXELS} --steps "
                   "{steps} --samples 500", ("photos-mdlm", "photos-cadd")),
-    "u-nets": Job("bench", 12, "; ".join(f"{b} --mode bench --bench_steps 8; {b} --mode bench "
+    "u-nets": Job("bench", 8, "; ".join(f"{b} --mode bench --bench_steps 8; {b} --mode bench "
                                          "--bench_steps 8 --no-compile" for b in BENCH)),
 }
 

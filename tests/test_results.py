@@ -170,6 +170,8 @@ def translations(tmp_path, monkeypatch):
             told = dict(zip(command, command[1:]))
             beam = told.get("--length_beam"), told.get("--noise_beam")
             split = told.get("--split", "valid")
+            if split == "test":
+                Path(told["--out"], "translations-test.jsonl").write_text(" x ".join(map(str, beam)))
             figures = {name: dict(value=float(beam == best[split])) for name in (
                 "bleu", "anisotropy")}
             common.write_json(Path(told.get("--save", f"{told['--out']}/result.json")),
@@ -184,13 +186,14 @@ def translations(tmp_path, monkeypatch):
 
 
 def test_candidates_are_chosen_on_valid(translations, tmp_path):
-    """All settings on valid come first; the last on test is valid's best, so that its translations
-    stay. What was scored is not scored again."""
+    """All settings on valid come first; the first on test is valid's best, whose translations are
+    kept. What was scored is not scored again."""
     commands = translations("train", "beams", "--only", "main")
     asked = [(told["--split"], told["--length_beam"], told["--noise_beam"]) for told in (
         dict(zip(x, x[1:])) for x in commands) if "--length_beam" in told]
     assert [x[0] for x in asked] == ["valid"] * 9 + ["test"] * 9 and len(set(asked)) == 18
-    assert asked[-1] == ("test", "5", "2")
+    assert asked[9] == ("test", "5", "2")
+    assert (tmp_path / "runs/main/chosen-test.jsonl").read_text() == "5 x 2"
     table = json.loads((tmp_path / "difformer-multi30k.json").read_text())
     assert list(table) == ["main"] and len(table["main"]["valid_beams"]) == 9
     assert table["main"]["valid_beams"]["beams-5-2"]["bleu"]["value"] == 1
