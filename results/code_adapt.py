@@ -2,8 +2,8 @@
 
     python results/code_adapt.py                    one GPU; the same command goes on where it was
     python results/code_adapt.py --tiny             does it run? CPU
-    python results/code_adapt.py --bench 1.5B       speed of a random model of Qwen2.5-Coder's shape,
-                                                    and the memory that it, and 7B on 8 GPUs, need
+    python results/code_adapt.py --bench 1.5B       speed of a random model of Qwen2.5-Coder's
+                                                    shape, and the memory it and 7B on 8 GPUs need
 
 A small model of Qwen2's class learns pycode autoregressively (RUNS/ar, then RUNS/model in the form
 of the transformers package); cadd.py --backbone adapts it as MDM and as CADD, with the paper's
@@ -33,8 +33,9 @@ from data import Sequences, pycode_files, split_of  # noqa: E402
 SHAPES = {  # vocab_size, hidden_size, intermediate_size, layers, heads, of keys, tied
     "tiny": (512, 32, 64, 2, 4, 2, True), "small": (4096, 512, 1408, 8, 8, 2, True),
     "1.5B": (151936, 1536, 8960, 28, 12, 2, True), "7B": (152064, 3584, 18944, 28, 28, 4, False)}
-SMALL = ("--length 640 --batch_size 64 --micro_batch 64 --lr 1e-3 --warmup 200 --lr_schedule cosine "
-         "--ema 0.999 --save_every 250 --anneal 2000 --no-recompute --sample_batch 64")
+SMALL = ("--length 640 --batch_size 64 --micro_batch 64 --lr 1e-3 --warmup 200 "
+         "--lr_schedule cosine --ema 0.999 --save_every 250 --anneal 2000 --no-recompute "
+         "--sample_batch 64")
 TINY = ("--length 32 --batch_size 4 --micro_batch 4 --anneal 2 --log_every 1 --eval_sequences 2 "
         "--sample_steps 2")
 

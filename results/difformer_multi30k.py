@@ -13,9 +13,9 @@ beams      Table 15: b1 lengths x b2 noises, on valid, then on test; first the o
 speed      Table 8: K decoding steps, without early stopping, and sentences per second: a batch,
            and one sentence at a time as in the paper; nothing else should be on the GPU
 
---only NAME... makes these runs alone. "distilled", the preset on another model's translations, needs
---distilled FILE. A finished training is not repeated. OUT/difformer-multi30k.json has all figures
-that are there; BLEU is lower-cased, tokenised as sacreBLEU's 13a.
+--only NAME... makes these runs alone. "distilled", the preset on another model's translations,
+needs --distilled FILE. A finished training is not repeated, nor is a score. All figures that are
+there go to OUT/difformer-multi30k.json; BLEU is lower-cased, tokenised as sacreBLEU's 13a.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ JOBS: dict[str, Job] = {
     "difformer-distilled": Job("pairs", 14, f"{DIFFORMER} train beams --only distilled --distilled "
                                "{runs}/ar-m30k/translations-train.txt", ("ar-m30k",), 0.5),
     "difformer-small": Job(  # as small as the transformer
-        "pairs", 12, "difformer.py --dataset multi30k --data_dir {data} --dim 256 --ffn 512 --depth 4 "
-        "--distilled {runs}/ar-m30k/translations-train.txt --out {runs}/difformer-small; "
+        "pairs", 12, "difformer.py --dataset multi30k --data_dir {data} --dim 256 --ffn 512 "
+        "--depth 4 --distilled {runs}/ar-m30k/translations-train.txt --out {runs}/difformer-small; "
         "difformer.py --mode eval --split test --out {runs}/difformer-small", ("ar-m30k",), 0.5),
 } | {
     f"catdm-m30k{name}": Job("pairs", 18, f"{CATDM_PAIRS}{name} {flags}; {CATDM_PAIRS}{name} "

@@ -389,8 +389,10 @@ def test_a_run_completes_made_up_prompts(trained, tmp_path, data_dir, capsys):
 
 
 @pytest.mark.parametrize("text, want", [
-    ("def f(a,\n      b):\n    return a\nx = 1\n", 1), ("def f():\n", 0), ("def f():\n    '''d'''\n", 1),
-    ("def f():\n    '''d'''\n    x = 1\n\n    return x\n\nclass", 3), ("def f():\n    return (\n", 0)])
+    ("def f(a,\n      b):\n    return a\nx = 1\n", 1), ("def f():\n", 0),
+    ("def f():\n    '''d'''\n", 1),
+    ("def f():\n    '''d'''\n    x = 1\n\n    return x\n\nclass", 3),
+    ("def f():\n    return (\n", 0)])
 def test_statements_are_of_the_first_function_alone(text, want):
     assert code_adapt.statements(text) == want
 
@@ -420,7 +422,8 @@ def test_a_small_model_learns_is_adapted_and_completes(qwen, sources, tmp_path, 
     monkeypatch.setattr(cadd, "load_code", lambda name, *rest, **more: load_code(
         str(sources), *rest, **more))
     flags = ["--tiny", "--ar_steps", "2", "--steps", "2", "--device", "cpu", "--runs",
-             str(tmp_path / "runs"), "--data_dir", str(tmp_path), "--save", str(tmp_path / "t.json")]
+             str(tmp_path / "runs"), "--data_dir", str(tmp_path), "--save",
+             str(tmp_path / "t.json")]
     monkeypatch.setitem(code_adapt.SHAPES, "tiny", (300, 32, 64, 1, 4, 2, True))
     for only in ("ar", "cadd"):
         code_adapt.main([*flags, "--only", only])

@@ -171,7 +171,8 @@ def translations(tmp_path, monkeypatch):
             beam = told.get("--length_beam"), told.get("--noise_beam")
             split = told.get("--split", "valid")
             if split == "test":
-                Path(told["--out"], "translations-test.jsonl").write_text(" x ".join(map(str, beam)))
+                made = Path(told["--out"], "translations-test.jsonl")
+                made.write_text(" x ".join(map(str, beam)))
             figures = {name: dict(value=float(beam == best[split])) for name in (
                 "bleu", "anisotropy")}
             common.write_json(Path(told.get("--save", f"{told['--out']}/result.json")),
