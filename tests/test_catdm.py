@@ -15,7 +15,7 @@ import common
 from catdm import CATDM, Config, Denoiser, Translator
 from common import DDP, RunError
 from conftest import log_of
-from data import PAD, load_dataset, load_pairs
+from data import PAD, DataError, load_dataset, load_pairs
 from eval import PROBE_TIMES
 
 CPU = DDP(0, 1, torch.device("cpu"), False)
@@ -1254,6 +1254,13 @@ def test_translation_compiles_once():
             batch = x, y, *noise, torch.randn((B + 1) // 2, N, 16), x != PAD, coin
             assert torch.allclose(net(*batch)[0], model(*batch)[0], rtol=1e-4)
     assert len(graphs) == 2
+
+
+def test_distilled_targets_are_asked_for(tmp_path):
+    (tmp_path / "file.txt").write_text("one\n")
+    flags = [*TINY, *PAIRS, "--out", "none", "--distilled", str(tmp_path / "file.txt")]
+    with pytest.raises(DataError, match="file.txt has 1 lines for"):
+        catdm.load(common.parse_config(catdm, flags))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
