@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import common
 import difformer_multi30k
+import kernels
 import pixels
 import scaling
 import temperatures
@@ -151,6 +153,32 @@ def test_a_name_that_is_no_method_is_refused(pixel_runs, capsys):
         with pytest.raises(SystemExit) as error:
             pixel_runs(*flags)
         assert error.value.code == 2 and "mdlm" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------- results/kernels.py
+
+
+def test_busy_is_of_the_second_half():
+    """What overlaps counts once, in whatever order it comes; the first half is not looked at."""
+    assert kernels.busy([(0, 9), (10, 11), (20, 24), (22, 26), (28, 30)]) == pytest.approx(8 / 10)
+    assert kernels.busy([(28, 30), (20, 24), (0, 9), (22, 26), (10, 11)]) == pytest.approx(8 / 10)
+
+
+def test_the_host_is_profiled_where_there_is_no_gpu(monkeypatch, capsys):
+    """The script gets its flags twice; the longest operations come first, so many as asked for."""
+    asked = []
+
+    def main(script, flags):
+        asked.append((script.__name__, flags))
+        for _ in range(3):
+            torch.ones(300, 300) @ torch.ones(300, 300)
+
+    monkeypatch.setattr(kernels.common, "main", main)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    kernels.main("cadd.py", ["--dim", "8"], 7, 2, False)
+    assert asked == [("cadd", ["--dim", "8", "--mode", "bench", "--bench_steps", "7"])] * 2
+    begin, *rows = capsys.readouterr().out.splitlines()
+    assert begin == "the host:" and len(rows) == 2 and "3 x aten::mm" in rows[0]
 
 
 # ------------------------------------------------- results/difformer_multi30k.py, temperatures.py

@@ -1,0 +1,66 @@
+"""Where a training step's time goes: kernels by time, and how long the GPU waits for the host.
+
+    python results/kernels.py cadd.py --dataset cifar10            one GPU
+    python results/kernels.py difformer.py --dataset multi30k --host
+    python results/kernels.py cadd.py --dim 24 --length 16         a CPU: what its host does
+
+Flags go to the script. Its --mode bench runs twice, the second time under torch's profiler, which
+takes time itself: the first line has the speed. "busy" is the share of the time in which any
+kernel runs. --host lists what the host does, also the calls that wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from scaling import length
+from torch.profiler import ProfilerActivity
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+
+
+def rows(events: list, time: str, count: int) -> list[str]:
+    """Averages of the profiler by the sum of `time`, an attribute in microseconds."""
+    events = sorted(events, key=lambda event: -getattr(event, time))[:count]
+    return [f"{getattr(e, time) / 1e3:10.1f} ms {e.count:7d} x {e.key[:90]}" for e in events]
+
+
+def busy(spans: list[tuple[float, float]]) -> float:
+    """Share of the time between the middle kernel's begin and the last end that kernels fill: the
+    first half is warm-up."""
+    spans = sorted(spans)[len(spans) // 2:]
+    return length(spans) / (max(end for _, end in spans) - spans[0][0])
+
+
+def main(script: str, flags: list[str], steps: int, count: int, host: bool) -> None:
+    module, on_gpu = importlib.import_module(Path(script).stem), torch.cuda.is_available()
+    flags = [*flags, "--mode", "bench", "--bench_steps", str(steps)]
+    common.main(module, flags)
+    activities = [ProfilerActivity.CUDA] * on_gpu + [ProfilerActivity.CPU] * (host or not on_gpu)
+    with torch.profiler.profile(activities=activities) as profile:
+        common.main(module, flags)
+    averages = profile.key_averages()
+    if on_gpu:
+        spans = [(e.time_range.start, e.time_range.end) for e in profile.events()
+                 if e.device_type == torch.autograd.DeviceType.CUDA]
+        total = sum(e.self_device_time_total for e in averages) / 1e3
+        print(f"kernels: {total:.1f} ms in {steps + 5} steps, busy {busy(spans):.0%}",
+              *rows(averages, "self_device_time_total", count), sep="\n")
+    if ProfilerActivity.CPU in activities:
+        print("the host:", *rows(averages, "self_cpu_time_total", count), sep="\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", help="such as cadd.py")
+    parser.add_argument("--steps", type=int, default=5, help="after five to warm up")
+    parser.add_argument("--rows", type=int, default=20, help="of each table")
+    parser.add_argument("--host", action="store_true", help="also what the host does")
+    args, flags = parser.parse_known_args()
+    common.run_main(main, args.script, flags, args.steps, args.rows, args.host)
