@@ -1,12 +1,12 @@
-"""Where a training step's time goes: kernels by time, and how long the GPU waits for the host.
+"""Where a training step's time goes: kernels by time, and what the host does.
 
     python results/kernels.py cadd.py --dataset cifar10            one GPU
     python results/kernels.py difformer.py --dataset multi30k --host
     python results/kernels.py cadd.py --dim 24 --length 16         a CPU: what its host does
 
 Flags go to the script. Its --mode bench runs twice, the second time under torch's profiler, which
-takes time itself: the first line has the speed. "busy" is the share of the time in which any
-kernel runs. --host lists what the host does, also the calls that wait for the GPU.
+slows the host. So compare the sum of kernels a step with ms_per_step of the first line: the rest
+is the GPU's waiting. --host lists what the host does, also the calls that wait for the GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import torch
-from scaling import length
 from torch.profiler import ProfilerActivity
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,13 +29,6 @@ def rows(events: list, time: str, count: int) -> list[str]:
     return [f"{getattr(e, time) / 1e3:10.1f} ms {e.count:7d} x {e.key[:90]}" for e in events]
 
 
-def busy(spans: list[tuple[float, float]]) -> float:
-    """Share of the time between the middle kernel's begin and the last end that kernels fill: the
-    first half is warm-up."""
-    spans = sorted(spans)[len(spans) // 2:]
-    return length(spans) / (max(end for _, end in spans) - spans[0][0])
-
-
 def main(script: str, flags: list[str], steps: int, count: int, host: bool) -> None:
     module, on_gpu = importlib.import_module(Path(script).stem), torch.cuda.is_available()
     flags = [*flags, "--mode", "bench", "--bench_steps", str(steps)]
@@ -46,10 +38,8 @@ def main(script: str, flags: list[str], steps: int, count: int, host: bool) -> N
         common.main(module, flags)
     averages = profile.key_averages()
     if on_gpu:
-        spans = [(e.time_range.start, e.time_range.end) for e in profile.events()
-                 if e.device_type == torch.autograd.DeviceType.CUDA]
-        total = sum(e.self_device_time_total for e in averages) / 1e3
-        print(f"kernels: {total:.1f} ms in {steps + 5} steps, busy {busy(spans):.0%}",
+        total = sum(e.self_device_time_total for e in averages) / 1e3 / (steps + 5)
+        print(f"kernels and copies: {total:.1f} ms a step",
               *rows(averages, "self_device_time_total", count), sep="\n")
     if ProfilerActivity.CPU in activities:
         print("the host:", *rows(averages, "self_cpu_time_total", count), sep="\n")

@@ -158,12 +158,6 @@ def test_a_name_that_is_no_method_is_refused(pixel_runs, capsys):
 # ------------------------------------------------------------------------- results/kernels.py
 
 
-def test_busy_is_of_the_second_half():
-    """What overlaps counts once, in whatever order it comes; the first half is not looked at."""
-    assert kernels.busy([(0, 9), (10, 11), (20, 24), (22, 26), (28, 30)]) == pytest.approx(8 / 10)
-    assert kernels.busy([(28, 30), (20, 24), (0, 9), (22, 26), (10, 11)]) == pytest.approx(8 / 10)
-
-
 def test_the_host_is_profiled_where_there_is_no_gpu(monkeypatch, capsys):
     """The script gets its flags twice; the longest operations come first, so many as asked for."""
     asked = []
