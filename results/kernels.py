@@ -4,9 +4,9 @@
     python results/kernels.py difformer.py --dataset multi30k --host
     python results/kernels.py cadd.py --dim 24 --length 16         a CPU: what its host does
 
-Flags go to the script. Its --mode bench runs twice, the second time under torch's profiler, which
-slows the host. So compare the sum of kernels a step with ms_per_step of the first line: the rest
-is the GPU's waiting. --host lists what the host does, also the calls that wait for the GPU.
+Flags go to the script. Its --mode bench runs twice, the second time with torch's profiler on its
+timed steps, which slows the host. So compare the sum of kernels a step with ms_per_step of the
+first line: the rest is the GPU's waiting. --host lists what the host does, also calls that wait.
 """
 
 from __future__ import annotations
@@ -34,11 +34,21 @@ def main(script: str, flags: list[str], steps: int, count: int, host: bool) -> N
     flags = [*flags, "--mode", "bench", "--bench_steps", str(steps)]
     common.main(module, flags)
     activities = [ProfilerActivity.CUDA] * on_gpu + [ProfilerActivity.CPU] * (host or not on_gpu)
-    with torch.profiler.profile(activities=activities) as profile:
+    profile, sync = torch.profiler.profile(activities=activities), common.DDP.sync
+    begin_and_end = iter((profile.start, profile.stop))
+
+    def switch(ddp: common.DDP) -> None:  # --mode bench calls it where timing begins and ends
+        sync(ddp)
+        next(begin_and_end)()
+
+    common.DDP.sync = switch
+    try:
         common.main(module, flags)
+    finally:
+        common.DDP.sync = sync
     averages = profile.key_averages()
     if on_gpu:
-        total = sum(e.self_device_time_total for e in averages) / 1e3 / (steps + 5)
+        total = sum(e.self_device_time_total for e in averages) / 1e3 / steps
         print(f"kernels and copies: {total:.1f} ms a step",
               *rows(averages, "self_device_time_total", count), sep="\n")
     if ProfilerActivity.CPU in activities:

@@ -159,13 +159,16 @@ def test_a_name_that_is_no_method_is_refused(pixel_runs, capsys):
 
 
 def test_the_host_is_profiled_where_there_is_no_gpu(monkeypatch, capsys):
-    """The script gets its flags twice; the longest operations come first, so many as asked for."""
-    asked = []
+    """The script gets its flags twice; the longest operations of the timed steps come first, so
+    many as asked for."""
+    asked, ddp = [], common.DDP(0, 1, torch.device("cpu"), False)
 
     def main(script, flags):
         asked.append((script.__name__, flags))
-        for _ in range(3):
-            torch.ones(300, 300) @ torch.ones(300, 300)
+        for steps in (5, 3):
+            for _ in range(steps):
+                torch.ones(300, 300) @ torch.ones(300, 300)
+            ddp.sync()
 
     monkeypatch.setattr(kernels.common, "main", main)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -173,6 +176,7 @@ def test_the_host_is_profiled_where_there_is_no_gpu(monkeypatch, capsys):
     assert asked == [("cadd", ["--dim", "8", "--mode", "bench", "--bench_steps", "7"])] * 2
     begin, *rows = capsys.readouterr().out.splitlines()
     assert begin == "the host:" and len(rows) == 2 and "3 x aten::mm" in rows[0]
+    assert common.DDP.sync.__name__ == "sync"
 
 
 # ------------------------------------------------- results/difformer_multi30k.py, temperatures.py
