@@ -129,7 +129,7 @@ class Config(common.MaskedConfig):
 
 
 _HINTS = dict(hint_in="mean", hint_out=True, embed_norm=0.1)  # ours; --paper undoes it
-_WEAK = dict(hint_in="mean", embed_norm=0.00866)  # an embedding's length is 0.24 of the noise
+_WEAK = dict(hint_in="mean", embed_norm=0.00866)  # at width 768 its length is 0.24
 # Noise so that an embedding's length is 0.3 of it: weak hints.
 _SMALL = dict(length=256, dim=384, depth=6, heads=6, batch_size=64, steps=20_000, lr=1e-3,
               warmup=500, hint_noise=6.5, **_HINTS)

@@ -60,14 +60,13 @@ if __name__ == "__main__":
         common.write_text(file, json.dumps(kept, indent=1))
     panels = []
     judged = all(len(point) > 3 for found in known.values() for point in found)
-    for k, label in ((1, "words spelled as in the training text"), (3, "perplexity by the judge")):
+    rows = (1, "words spelled as in the training text"), (3, "perplexity by the judge")
+    for k, label in rows[:1 + judged]:
         for T in sorted({int(name.split(", ")[-1].split()[0]) for name in known}):
             lines = {name.removesuffix(f", {T} steps"): ([x[2] for x in found],
                                                          [x[k] for x in found])
                      for name, found in known.items() if name.endswith(f", {T} steps")}
             panels.append((lines, dict(title=f"{T} steps", ylabel=label,
                                        xlabel="entropy of letters, nats")))
-        if not judged:
-            break
     metrics.draw_lines(args.out.with_suffix(".png"), panels, list(panels[0][0]))
     print(args.out.with_suffix(".png"))
