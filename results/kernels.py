@@ -15,6 +15,7 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -29,23 +30,29 @@ def rows(events: list, time: str, count: int) -> list[str]:
     return [f"{getattr(e, time) / 1e3:10.1f} ms {e.count:7d} x {e.key[:90]}" for e in events]
 
 
-def main(script: str, flags: list[str], steps: int, count: int, host: bool) -> None:
-    module, on_gpu = importlib.import_module(Path(script).stem), torch.cuda.is_available()
-    flags = [*flags, "--mode", "bench", "--bench_steps", str(steps)]
-    common.main(module, flags)
-    activities = [ProfilerActivity.CUDA] * on_gpu + [ProfilerActivity.CPU] * (host or not on_gpu)
+def profiled(script: ModuleType, flags: list[str], activities: list) -> torch.profiler.profile:
+    """What the timed steps of a script's --mode bench did, without the steps that warm up."""
     profile, sync = torch.profiler.profile(activities=activities), common.DDP.sync
     begin_and_end = iter((profile.start, profile.stop))
 
-    def switch(ddp: common.DDP) -> None:  # --mode bench calls it where timing begins and ends
+    def switch(ddp: common.DDP) -> None:  # called where timing begins and ends
         sync(ddp)
         next(begin_and_end)()
 
     common.DDP.sync = switch
     try:
-        common.main(module, flags)
+        common.main(script, flags)
     finally:
         common.DDP.sync = sync
+    return profile
+
+
+def main(script: str, flags: list[str], steps: int, count: int, host: bool) -> None:
+    module, on_gpu = importlib.import_module(Path(script).stem), torch.cuda.is_available()
+    flags = [*flags, "--mode", "bench", "--bench_steps", str(steps)]
+    common.main(module, flags)
+    activities = [ProfilerActivity.CUDA] * on_gpu + [ProfilerActivity.CPU] * (host or not on_gpu)
+    profile = profiled(module, flags, activities)
     averages = profile.key_averages()
     if on_gpu:
         total = sum(e.self_device_time_total for e in averages) / 1e3 / steps

@@ -39,8 +39,7 @@ class Job(NamedTuple):
     share: float = 1.0
 
 
-E27 = "--dataset english27 --data_dir {data}"
-SMALL = f"{E27} --dim 384 --depth 6 --heads 6 --steps 3000"
+SMALL = "--dataset english27 --data_dir {data} --dim 384 --depth 6 --heads 6 --steps 3000"
 MDLM = "--hint none --embed_norm .1"
 HINTS = {  # ablations at 6 x 384: flags beside the preset's --hint_in mean
     "out": "--embed_norm .0122 --hint_out",

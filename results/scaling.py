@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kernels import profiled
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -115,8 +116,7 @@ def profile(args: argparse.Namespace) -> None:
         try:
             with contextlib.redirect_stdout(said):
                 common.main(cadd, flags)
-                with torch.profiler.profile(activities=what) as prof:
-                    common.main(cadd, [*flags, "--bench_steps", "5"])
+                prof = profiled(cadd, [*flags, "--bench_steps", "5"], what)
         except Exception as error:  # a variant that does not work is a finding too
             print(f"{name}: {' '.join(str(error).split())[:300]}", flush=True)
             continue
@@ -124,9 +124,6 @@ def profile(args: argparse.Namespace) -> None:
             continue
         events = [(e.time_range.start, e.time_range.end, e.name) for e in prof.events()
                   if e.device_type == torch.autograd.DeviceType.CUDA and "nccl:" not in e.name]
-        if events:  # the last five steps of ten
-            middle = np.median([begin for begin, _, _ in events])
-            events = [e for e in events if e[0] >= middle]
         nccl = [e[:2] for e in events if "nccl" in e[2].lower()]
         other = [e[:2] for e in events if "nccl" not in e[2].lower()]
         span = max((e[1] for e in events), default=1) - min((e[0] for e in events), default=0)
