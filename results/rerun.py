@@ -42,6 +42,7 @@ class Job(NamedTuple):
 SMALL = "--dataset english27 --data_dir {data} --dim 384 --depth 6 --heads 6 --steps 3000"
 MDLM = "--hint none --embed_norm .1"
 HINTS = {  # ablations at 6 x 384: flags beside the preset's --hint_in mean
+    "mdlm": MDLM, "cadd": "--embed_norm .0122",
     "out": "--embed_norm .0122 --hint_out",
     "c_in": "--embed_norm .0122 --hint_in c_in", "raw": "--embed_norm .0122 --hint_in raw",
     "raw-t": "--embed_norm .0122 --hint_in raw --time_cond", "norm-1": "--embed_norm .05",
@@ -66,17 +67,31 @@ CATDM_PAIRS = ("catdm.py --dataset multi30k --data_dir {data} --recon_share .25 
                "--out {runs}/catdm-m30k")
 DIFFORMER = ("results/difformer_multi30k.py --data_dir {data} --runs {runs}/difformer-m30k --out "
              "{results}")
+TABLE_7 = {"rounding": "rounding", "factor-1": "'anchor, F = 1'",
+           "rounding-factor-1": "'rounding, F = 1'", "no-loss": "'no second loss'"}
 BENCH = "cadd.py --dataset imagenet32 --batch_size 256", "vadd.py --dataset cifar10"
+
+
+def words(run: str, *flags: str) -> str:
+    """Draws a run's samples at temperature 1, and again with each of `flags`."""
+    again = " ".join(f'"{{runs}}/{run} {x}"' for x in flags)
+    return (f"results/temperatures.py {{runs}}/{run} {again} --temperatures 1 --data_dir {{data}} "
+            f"--out {{runs}}/{run}/words")
+
+
 JOBS: dict[str, Job] = {
     # ablations of CADD, half the budget from an MDM (C.1)
-    f"small-{name}-{seed}": Job("ablations", 2, f"cadd.py {SMALL} {flags} --seed {seed} "
-                                f"--out {{runs}}/small-{name}-{seed}")
-    for seed in range(3) for name, flags in HINTS.items() if name != "out" or seed == 2
+    f"small-{name}-{seed}": Job(
+        "ablations", 2, f"cadd.py {SMALL} {flags} --seed {seed} --out {{runs}}/small-{name}-{seed};"
+        + words(f"small-{name}-{seed}", *["--z0_hat hard"] * (name != "mdlm"),
+                *["--K 2", "--K 4"] * (name == "cadd")), share=0.5)
+    for seed in range(3) for name, flags in HINTS.items()
 } | {
     "small-tuned": Job(
         "ablations", 3, f"cadd.py {SMALL} {MDLM} --steps 1500 --out {{runs}}/small-half; cadd.py "
         f"{SMALL} --steps 1500 --hint_at masked --embed_norm .1 --hint_noise 11.5 "
-        "--init_from {runs}/small-half --out {runs}/small-tuned"),
+        "--init_from {runs}/small-half --out {runs}/small-tuned; " + words("small-tuned"),
+        share=0.5),
     "gpt2-text": Job("vocabulary", 1, "results/gpt2_text.py --data_dir {data}", share=0.1),
 } | {
     f"gpt2-{name}": Job("vocabulary", 5, f"{GPT2} {flags} --out {{runs}}/gpt2-{name}",
@@ -86,40 +101,46 @@ JOBS: dict[str, Job] = {
     "latent-16": Job("latent", 4, f"{LATENT} --prior_below 16 --out {{runs}}/latent-16", share=0.5),
     "toys": Job("latent", 6, "results/vadd_toys.py --methods vadd-1 --runs {runs}/toys --results "
                 "{results}", share=0.5),
-    # translation: the yardstick, its targets, both methods
+    # translation: the yardstick, its targets, both methods. Small networks wait for the host, so
+    # several of them train at once on a GPU
     "ar-m30k": Job("pairs", 9, f"{AR_PAIRS}; {AR_PAIRS} --mode eval --split test; {AR_PAIRS} "
-                   "--mode eval --split train", share=0.5),
-    "difformer-main": Job("pairs", 14, f"{DIFFORMER} train beams --only main", share=0.5),
+                   "--mode eval --split train", share=0.2),
+} | {
+    f"catdm-m30k{name}": Job("pairs", 18, f"{CATDM_PAIRS}{name} {flags}; {CATDM_PAIRS}{name} "
+                             "--mode eval --split test", needs, 0.2)
+    for name, flags, needs in (
+        ("-distilled", "--distilled {runs}/ar-m30k/translations-train.txt", ("ar-m30k",)),
+        ("", "", ()), ("-plain", "--no-self_condition", ()))
+} | {
+    "difformer-main": Job("pairs", 14, f"{DIFFORMER} train beams --only main", share=0.2),
     "difformer-distilled": Job("pairs", 14, f"{DIFFORMER} train beams --only distilled --distilled "
-                               "{runs}/ar-m30k/translations-train.txt", ("ar-m30k",), 0.5),
+                               "{runs}/ar-m30k/translations-train.txt", ("ar-m30k",), 0.2),
     "difformer-small": Job(  # as small as the transformer
         "pairs", 12, "difformer.py --dataset multi30k --data_dir {data} --dim 256 --ffn 512 "
         "--depth 4 --distilled {runs}/ar-m30k/translations-train.txt --out {runs}/difformer-small; "
-        "difformer.py --mode eval --split test --out {runs}/difformer-small", ("ar-m30k",), 0.5),
+        "difformer.py --mode eval --split test --out {runs}/difformer-small", ("ar-m30k",), 0.2),
 } | {
-    f"catdm-m30k{name}": Job("pairs", 18, f"{CATDM_PAIRS}{name} {flags}; {CATDM_PAIRS}{name} "
-                             "--mode eval --split test", needs, 0.5)
-    for name, flags, needs in (
-        ("", "", ()), ("-plain", "--no-self_condition", ()),
-        ("-distilled", "--distilled {runs}/ar-m30k/translations-train.txt", ("ar-m30k",)))
+    f"difformer-{name}": Job("pairs", 12, f"{DIFFORMER} train --only {run}", share=0.2)
+    for name, run in TABLE_7.items()
 } | {
-    "difformer-ablations": Job("pairs", 25, f"{DIFFORMER} train", ("difformer-main",)),
     "difformer-speed": Job("pairs", 4, f"{DIFFORMER} speed", ("difformer-main",)),
+} | {
     "collapse": Job("collapse", 12, "results/catdm_collapse.py mnist english27 --data_dir {data} "
                     "--runs {runs}/collapse --out {results}"),
 } | {
     f"mnist-{name}-{seed}": Job("pixels", minutes, f"results/pixels.py mnist --only {name} "
-                                f"--seeds {seed} {PIXELS} --steps {{steps}}")
+                                f"--seeds {seed} {PIXELS} --steps {{steps}}", share=0.5)
     for seed in (0, 1) for name, minutes in DIGITS.items()
 } | {
     "mnist": Job("pixels", 3, f"results/pixels.py mnist --seeds 0,1 {PIXELS} --steps {{steps}}",
-                 tuple(f"mnist-{name}-{seed}" for seed in (0, 1) for name in DIGITS)),
+                 tuple(f"mnist-{name}-{seed}" for seed in (0, 1) for name in DIGITS), 0.5),
 } | {
     f"photos-{name}": Job("pixels", 6, f"results/pixels.py folder --only {name} --dataset "
-                          f"{{photos}} {PIXELS} --steps {{steps}}") for name in ("mdlm", "cadd")
+                          f"{{photos}} {PIXELS} --steps {{steps}}", share=0.5)
+    for name in ("mdlm", "cadd")
 } | {
     "photos": Job("pixels", 4, f"results/pixels.py folder --dataset {{photos}} {PIXELS} --steps "
-                  "{steps} --samples 500", ("photos-mdlm", "photos-cadd")),
+                  "{steps} --samples 500", ("photos-mdlm", "photos-cadd"), 0.5),
     "u-nets": Job("bench", 8, "; ".join(f"{b} --mode bench --bench_steps 8; {b} --mode bench "
                                          "--bench_steps 8 --no-compile" for b in BENCH)),
 }
