@@ -2,7 +2,7 @@
 
     python results/rerun.py --list                    what there is, with minutes on one H100
     python results/rerun.py pixels pairs              these groups, one job per free GPU
-    python results/rerun.py --only ar-m30k catdm-m30k these jobs
+    python results/rerun.py --only latent toys        these jobs
 
 A job whose exit code was 0 is not made again, and each command resumes where it stopped: so the
 same line goes on after an interruption. RUNS/rerun/NAME.txt has what a job printed, RUNS/rerun/
@@ -56,19 +56,13 @@ VOCABULARY = {  # at GPT-2's
 GPT2 = ("cadd.py --dataset {data}/nltk-gpt2 --dim 384 --depth 6 --heads 6 --length 512 "
         "--batch_size 128 --micro_batch 64 --steps 1500 --lr 1e-3 --hint_noise 1 --no-hint_out "
         "--samples 64 --temperature 1 --sample_steps 128 --eval_draws 2 --eval_sequences 500")
-DIGITS = {name: 13 if "vadd" in name else 6  # minutes, the longest first
+DIGITS = {name: 22 if "vadd" in name else 7  # minutes, the longest first
           for name in sorted(MNIST, key=lambda name: "vadd" not in name)}
 PIXELS = "--data_dir {data} --runs {runs} --results {results}"
 LATENT = (f"vadd.py {SMALL} --kl_ramp 1500 --bound_steps 1,8 --K 16 --eval_draws 2 "
           "--positions --latent_at prefix --pool attention")
-PAIRS = "--dataset multi30k --data_dir {data} --out {runs}/ar-m30k"
-AR_PAIRS = f"results/ar_baseline.py {PAIRS} --dim 256 --depth 4 --keep best --save_every 250"
-CATDM_PAIRS = ("catdm.py --dataset multi30k --data_dir {data} --recon_share .25 "
-               "--out {runs}/catdm-m30k")
 DIFFORMER = ("results/difformer_multi30k.py --data_dir {data} --runs {runs}/difformer-m30k --out "
              "{results}")
-TABLE_7 = {"rounding": "rounding", "factor-1": "'anchor, F = 1'",
-           "rounding-factor-1": "'rounding, F = 1'", "no-loss": "'no second loss'"}
 BENCH = "cadd.py --dataset imagenet32 --batch_size 256", "vadd.py --dataset cifar10"
 
 
@@ -101,30 +95,8 @@ JOBS: dict[str, Job] = {
     "latent-16": Job("latent", 4, f"{LATENT} --prior_below 16 --out {{runs}}/latent-16", share=0.5),
     "toys": Job("latent", 6, "results/vadd_toys.py --methods vadd-1 --runs {runs}/toys --results "
                 "{results}", share=0.5),
-    # translation: the yardstick, its targets, both methods. Small networks wait for the host, so
-    # several of them train at once on a GPU
-    "ar-m30k": Job("pairs", 9, f"{AR_PAIRS}; {AR_PAIRS} --mode eval --split test; {AR_PAIRS} "
-                   "--mode eval --split train", share=0.2),
-} | {
-    f"catdm-m30k{name}": Job("pairs", 18, f"{CATDM_PAIRS}{name} {flags}; {CATDM_PAIRS}{name} "
-                             "--mode eval --split test", needs, 0.2)
-    for name, flags, needs in (
-        ("-distilled", "--distilled {runs}/ar-m30k/translations-train.txt", ("ar-m30k",)),
-        ("", "", ()), ("-plain", "--no-self_condition", ()))
-} | {
-    "difformer-main": Job("pairs", 14, f"{DIFFORMER} train beams --only main", share=0.2),
-    "difformer-distilled": Job("pairs", 14, f"{DIFFORMER} train beams --only distilled --distilled "
-                               "{runs}/ar-m30k/translations-train.txt", ("ar-m30k",), 0.2),
-    "difformer-small": Job(  # as small as the transformer
-        "pairs", 12, "difformer.py --dataset multi30k --data_dir {data} --dim 256 --ffn 512 "
-        "--depth 4 --distilled {runs}/ar-m30k/translations-train.txt --out {runs}/difformer-small; "
-        "difformer.py --mode eval --split test --out {runs}/difformer-small", ("ar-m30k",), 0.2),
-} | {
-    f"difformer-{name}": Job("pairs", 12, f"{DIFFORMER} train --only {run}", share=0.2)
-    for name, run in TABLE_7.items()
-} | {
-    "difformer-speed": Job("pairs", 4, f"{DIFFORMER} speed", ("difformer-main",)),
-} | {
+    "difformer-main": Job("pairs", 14, f"{DIFFORMER} train beams --only main"),
+    "difformer-speed": Job("pairs", 4, f"{DIFFORMER} speed --only main", ("difformer-main",)),
     "collapse": Job("collapse", 12, "results/catdm_collapse.py mnist english27 --data_dir {data} "
                     "--runs {runs}/collapse --out {results}"),
 } | {
