@@ -665,11 +665,12 @@ def compiled_for_all_lengths(model: CATDM, cfg: Config, ddp: common.DDP, backend
     B = max(98, min(cfg.batch_tokens, cfg.micro_tokens) // 24) | 1  # odd
     y, x = (torch.ones(B, k, dtype=torch.long, **at) for k in (M, N))
     eps, eps0 = (torch.zeros(k, N, D, **at) for k in (B, math.ceil(cfg.recon_share * B)))
-    for coin in sorted({False, cfg.self_condition}):  # a graph each
-        with ddp.autocast():
-            losses, _ = net(x, y, torch.rand(B, **at), torch.rand(B, N + 3, **at), eps, eps0,
-                            x != PAD, coin)
-        losses.sum().backward()
+    with ddp.random_state_kept():
+        for coin in sorted({False, cfg.self_condition}):  # a graph each
+            with ddp.autocast():
+                losses, _ = net(x, y, torch.rand(B, **at), torch.rand(B, N + 3, **at), eps, eps0,
+                                x != PAD, coin)
+            losses.sum().backward()
     model.zero_grad(set_to_none=True)
     return net
 
@@ -779,11 +780,11 @@ def train(cfg: Config, ddp: common.DDP, data: Data) -> common.Run:
     optimizer = torch.optim.AdamW(groups, cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8,
                                   weight_decay=cfg.weight_decay, fused=True)
     ema = common.EMA(student, cfg.ema)
-    net, own_compile = model, cfg.task == "pairs" and cfg.compile and ddp.on_cuda
-    if own_compile:  # before the run, which restores the random state that this disturbs
-        net = compiled_for_all_lengths(model, cfg, ddp)
-    net = ddp.wrap(net, cfg.compile and not own_compile)
     run = common.Run("catdm", cfg, ddp, data, model, optimizer, ema, flops_per_token(student))
+    if cfg.task == "pairs" and cfg.compile and ddp.on_cuda and not run.complete:
+        net = ddp.wrap(compiled_for_all_lengths(model, cfg, ddp), compile=False)
+    else:
+        net = ddp.wrap(model, cfg.compile)
 
     def valid(held_out: Data, step: int) -> Tensor:
         batches = load_batches(cfg, held_out, step, ddp)

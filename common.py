@@ -1000,6 +1000,10 @@ class DDP:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
+    def random_state_kept(self) -> contextlib.AbstractContextManager:
+        """What is drawn inside, such as dropout's noise, changes nothing that is drawn later."""
+        return torch.random.fork_rng([self.device.index] if self.on_cuda else [])
+
     def wrap(self, model: nn.Module, compile: bool) -> nn.Module:
         """What to call in training: the model compiled (on CUDA), its gradients averaged; as it
         is where `shard` has seen to that."""
@@ -1186,7 +1190,7 @@ class Run:
             return
         ddp.print(f"{data.describe()}{note} | {self._parameters / 1e6:.1f}M parameters | "
                   f"{environment(ddp)['hardware']}")
-        compiles = ", once compiled: one to three minutes" if cfg.compile and ddp.on_cuda else ""
+        compiles = ", once compiled, which takes minutes" if cfg.compile and ddp.on_cuda else ""
         begins = f"resuming at step {self.step}" if self._resumed else "training"
         ddp.print(f"{begins} -> {cfg.out}{compiles}")
 

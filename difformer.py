@@ -523,9 +523,10 @@ def compile_parts(model: Difformer, cfg: Config, ddp: common.DDP) -> None:
     n = max(2, min(cfg.batch_tokens, cfg.micro_tokens) // 24)
     x, y = (torch.ones(n, min(k, cfg.max_length), dtype=torch.long, device=ddp.device)
             for k in (24, 16))
-    with ddp.autocast():
-        loss, *_ = model(x, y, x[:, 0] / 2, torch.zeros_like(model.z0(y)), True)
-    loss.backward()
+    with ddp.random_state_kept():
+        with ddp.autocast():
+            loss, *_ = model(x, y, x[:, 0] / 2, torch.zeros_like(model.z0(y)), True)
+        loss.backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -543,12 +544,12 @@ def train(cfg: Config, ddp: common.DDP, data: PairData) -> common.Run:
     model = build(cfg, data).to(ddp.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], cfg.lr,
                                   betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
-    if cfg.compile and ddp.on_cuda:
-        compile_parts(model, cfg, ddp)
     ema = common.EMA(model, cfg.ema)
     M, N = (side.lengths[data.kept].mean() for side in data.train)  # of a mean pair
     run = common.Run("difformer", cfg, ddp, data, model, optimizer, ema,
                      flops_per_pair(model, M, N) / N, note=f" | F {model.factor:g}")
+    if cfg.compile and ddp.on_cuda and not run.complete:
+        compile_parts(model, cfg, ddp)
     net = ddp.wrap(model, compile=False)
 
     def valid(held_out: PairData, step: int) -> Tensor:

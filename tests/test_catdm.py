@@ -1246,7 +1246,9 @@ def test_translation_compiles_once():
              "--self_condition"]
     cfg = common.parse_config(catdm, flags)
     model = CATDM(Translator(cfg, 50, 32))
+    state = torch.get_rng_state()
     net = catdm.compiled_for_all_lengths(model, cfg, CPU, backend=count)
+    assert torch.equal(torch.get_rng_state(), state)  # a resumed run's dropout goes on
     for B, M, N in [(16, 16, 16), (8, 4, 4), (13, 13, 11), (8, 16, 6), (5, 7, 32), (32, 32, 8)]:
         x, y = (torch.randint(1, 50, (B, k)) for k in (N, M))
         noise = torch.rand(B), torch.rand(B, N + 3), torch.randn(B, N, 16)

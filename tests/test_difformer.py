@@ -647,6 +647,14 @@ def test_the_loss_compiles_once_for_all_lengths(monkeypatch):
     assert len(graphs) == 4
 
 
+def test_compiling_leaves_a_resumed_runs_dropout_alone(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda part, **flags: part)
+    model = Difformer(Config(**SMALL | dict(dropout=0.5)), 20)
+    state = torch.get_rng_state()
+    difformer.compile_parts(model, model.cfg, ALONE)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_what_the_log_says(model):
     total = dict(square=6.0, ce=9.0, right=2.0, length_loss=10.0, tokens=3.0, pairs=5.0)
     record, shown = difformer.summarise(total, model)
