@@ -37,6 +37,8 @@ def test_each_job_is_one_that_the_parsers_take(tmp_path, monkeypatch):
         assert set(job.needs) <= set(rerun.JOBS) - {name} and 0 < job.share <= 1
         for part in job.commands.format(**FOLDERS).split(";"):
             script, *flags = shlex.split(part)
+            if script == "results/kernels.py":  # takes a script and its flags
+                script, *flags = (x for x in flags if x != "--host")
             text = (ROOT / script).read_text()
             if "eval" in flags:  # they are those of the run
                 continue
