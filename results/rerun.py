@@ -116,8 +116,9 @@ JOBS: dict[str, Job] = {
                   "{steps} --samples 500", ("photos-mdlm", "photos-cadd"), 0.5),
     "u-nets": Job("bench", 8, "; ".join(f"{b} --mode bench --bench_steps 8; {b} --mode bench "
                                          "--bench_steps 8 --no-compile" for b in BENCH)),
-    "host": Job("bench", 3, "; ".join(f"results/kernels.py {x} --data_dir {{data}} --host" for x in (
-        "difformer.py --dataset multi30k", "vadd.py --dataset mnist-binary --latent_dim 0"))),
+    "host": Job("bench", 3, "; ".join(
+        f"results/kernels.py {x} --data_dir {{data}} --host" for x in (
+            "difformer.py --dataset multi30k", "vadd.py --dataset mnist-binary --latent_dim 0"))),
 }
 
 
