@@ -68,5 +68,7 @@ if __name__ == "__main__":
                      for name, found in known.items() if name.endswith(f", {T} steps")}
             panels.append((lines, dict(title=f"{T} steps", ylabel=label,
                                        xlabel="entropy of letters, nats")))
-    metrics.draw_lines(args.out.with_suffix(".png"), panels, list(panels[0][0]))
-    print(args.out.with_suffix(".png"))
+    print(file)
+    if metrics.matplotlib_found():
+        metrics.draw_lines(args.out.with_suffix(".png"), panels, list(panels[0][0]))
+        print(args.out.with_suffix(".png"))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import common
 import difformer_multi30k
@@ -276,3 +278,15 @@ def test_points_of_a_run_are_drawn_once_and_judged(tmp_path, monkeypatch):
         "--z0_hat", "hard", "--samples", "1"]
     temperatures.points(run, [2, 8], [0.5], [], known, "d", None)
     assert [x[0] for x in drawn[2:]] == [[8]] and known[f"{run}, 8 steps"] == [[0.5, 1, even]]
+
+
+def test_temperatures_without_matplotlib(tmp_path, monkeypatch, capsys):
+    """The points are kept, and what is missing is named, without an error."""
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"points": {"a, 2 steps": [[1.0, 0.5, 2.8]]}}))
+    monkeypatch.setattr(temperatures.metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["temperatures.py", "--out", str(tmp_path / "x")])
+    runpy.run_path(str(ROOT / "results/temperatures.py"), run_name="__main__")
+    told = capsys.readouterr()
+    assert str(file) in told.out and "pip install matplotlib" in told.err
+    assert not file.with_suffix(".png").exists()
