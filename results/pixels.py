@@ -5,10 +5,11 @@
     python results/pixels.py mnist --tiny                            two CPU cores, two minutes
 
 Every run resumes: the same command goes on where it stopped, and what is complete is not repeated.
-A run's likelihoods over the whole test split are in RUNS/NAME/eval-test.json; RESULTS/pixels-*.json
-has them with the samples' grades (`eval.py images`) at 1, 5, 10, 20 and 100 steps, and steps per
-second; RESULTS/pixels-mnist.png is VADD's Figure 3: MDLM above both VADDs at 1 to 100 steps.
-On the folder CADD's samples are graded with and without the corrector and the cooling temperature.
+Each method is trained, its samples are graded (`eval.py images`) at 1, 5, 10, 20 and 100 steps, and
+its likelihoods are taken over the whole test split. On the folder samples are drawn with and
+without the corrector and the cooling temperature. RESULTS/pixels-*.json has all of it, with steps
+per second; RESULTS/pixels-*.png has samples of each method, a row for each number of steps (VADD's
+Figure 3).
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
@@ -26,11 +30,8 @@ import common  # noqa: E402
 # name -> script and flags. CADD's hints are weak and as the network likes them (README): ours.
 HINTS = "--hint_in mean --hint_out --embed_norm 0.1 --hint_noise 2"
 NET = "--dim 64 --depth 3 --mults 1,2,2 --heads 4 --pixel_dim 32"
-# "vadd": the paper's network, the KL's weight grows to 1 over half of the steps. "vadd-ours": with
-# what kept the latent in use on glyph-pixels, over all of them.
-MNIST = {"mdlm": "vadd.py --latent_dim 0", "vadd": "vadd.py --kl_ramp {half}",
-         "vadd-ours": "vadd.py --kl_ramp {steps} --scale_shift --prior_below 100",
-         "cadd": f"cadd.py --lr 2e-4 --warmup 0 {HINTS}"}
+MNIST = {"mdlm": "vadd.py --latent_dim 0",  # the paper's network; the KL's weight grows to 1
+         "vadd": "vadd.py --kl_ramp {half}", "cadd": f"cadd.py --lr 2e-4 --warmup 0 {HINTS}"}
 FOLDER = {"mdlm": f"cadd.py --hint none {NET}", "cadd": f"cadd.py {NET} {HINTS}"}
 SAMPLERS = {"plain": "", "corrector": "--corrector 12", "cool": "--cool --temperature 2.5",
             "cool 1": "--cool --temperature 1", "both": "--corrector 12 --cool --temperature 2.5"}
@@ -61,8 +62,8 @@ def main() -> None:
     parser.add_argument("--dataset", default="", help="folder: of images of one size")
     parser.add_argument("--steps", type=int, default=20_000, help="of every run")
     parser.add_argument("--seeds", default="0", help="such as 0,1,2")
-    parser.add_argument("--only", default="", help="train and score this method alone: one a GPU")
-    parser.add_argument("--samples", type=int, default=1000, help="graded, of each kind")
+    parser.add_argument("--only", default="", help="this method, and no table: one a GPU")
+    parser.add_argument("--samples", type=int, default=1000, help="graded, for each count of steps")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=Path("results"))
@@ -75,48 +76,41 @@ def main() -> None:
     if args.only not in ("", *methods):
         parser.error(f"--only {args.only} is not one of {', '.join(methods)}")
     steps, samples = (10, 80) if args.tiny else (args.steps, args.samples)
-    grades = "1,2" if args.tiny else "1,5,10,20,100"
+    times = "1,2" if args.tiny else "1,5,10,20,100"
     where = ["--data_dir", args.data_dir]
-    found: dict[str, dict] = {}
+    found, pictures = {}, []
     for seed in map(int, args.seeds.split(",")):
-        runs = {}
         for name, line in methods.items():
             if args.only not in ("", name):
                 continue
-            script, *flags = line.format(half=steps // 2, steps=steps).split()
-            runs[name] = out = args.runs / f"pixels-{args.what}-{name}-{steps}-seed-{seed}"
+            script, *flags = line.format(half=steps // 2).split()
+            out = args.runs / f"pixels-{args.what}-{name}-{steps}-seed-{seed}"
             python(script, "--dataset", dataset, "--steps", steps, "--seed", seed, "--out", out,
                    *flags, *where, *(TINY.split() if args.tiny else []))
+            grades = {}
+            for sampler, flags in SAMPLERS.items() if args.what == "folder" else [("plain", "")]:
+                at = out / sampler.replace(" ", "-")
+                if not (at / "images.json").exists():  # or delete it to draw anew
+                    python("eval.py", "images", out, "--steps", times, "--samples", samples,
+                           "--out", at, *flags.split(), *where)
+                grades[sampler] = json.loads((at / "images.json").read_text())
             if not (out / "eval-test.json").exists():
                 few = 4 if args.tiny else 0  # 0: all of test
                 python(script, "--mode", "eval", "--out", out, "--split", "test",
                        "--eval_sequences", few, "--save", out / "eval-test.json", *where,
                        *(["--K", 4] if script == "vadd.py" else []))
-        if args.only:
-            continue
-        for sampler, flags in SAMPLERS.items() if args.what == "folder" else [("plain", "")]:
-            at = args.runs / f"pixels-{args.what}-{steps}-{sampler}-seed-{seed}"
-            if not (at / "images.json").exists():  # or delete it to draw anew
-                python("eval.py", "images", *runs.values(), "--steps", grades, "--samples", samples,
-                       "--out", at, *flags.split(), *where)
-            found[f"{sampler}, seed {seed}"] = json.loads((at / "images.json").read_text())
-        if args.what == "mnist":
-            at = args.runs / f"pixels-figure-3-{steps}-seed-{seed}"
-            python("eval.py", "images", *(runs[name] for name in ("mdlm", "vadd", "vadd-ours")),
-                   "--steps", grades, "--samples", 65, "--out", at, *where)
-            if seed == int(args.seeds.split(",")[0]):
-                args.results.mkdir(parents=True, exist_ok=True)
-                (args.results / "pixels-mnist.png").write_bytes((at / "images.png").read_bytes())
-        for name, out in runs.items():
             test = json.loads((out / "eval-test.json").read_text())
             found[f"{name}, seed {seed}"] = dict(
-                figures=test["figures"], steps=test["step"], steps_per_s=rate(out),
+                figures=test["figures"], grades=grades, steps=test["step"], steps_per_s=rate(out),
                 config=json.loads((out / "result.json").read_text())["config"])
+            pictures.append(out / "plain/images.png")
     if args.only:
         return
     args.results.mkdir(parents=True, exist_ok=True)
+    rows = [np.asarray(Image.open(x)) for x in pictures[:len(methods)]]  # of the first seed
+    Image.fromarray(np.concatenate(rows)).save(args.results / f"pixels-{args.what}.png")
     common.write_json(args.results / f"pixels-{args.what}.json", found)
-    print(args.results / f"pixels-{args.what}.json")
+    print(f"{args.results}/pixels-{args.what}.json and .png, from the top {', '.join(methods)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from pixels import MNIST  # noqa: E402
 
 
 class Job(NamedTuple):
@@ -54,11 +53,11 @@ VOCABULARY = {  # at GPT-2's
     "mdlm": MDLM, "paper": "--paper", "c_in": "--hint_in c_in --embed_norm .0122",
     "mean": "--hint_in mean --embed_norm .0122"}
 GPT2 = ("cadd.py --dataset {data}/nltk-gpt2 --dim 384 --depth 6 --heads 6 --length 512 "
-        "--batch_size 128 --micro_batch 64 --steps 1500 --lr 1e-3 --hint_noise 1 --no-hint_out "
+        "--batch_size 128 --micro_batch 64 --steps 1000 --lr 1e-3 --hint_noise 1 --no-hint_out "
         "--samples 64 --temperature 1 --sample_steps 128 --eval_draws 2 --eval_sequences 500")
-DIGITS = {name: 22 if "vadd" in name else 7  # minutes, the longest first
-          for name in sorted(MNIST, key=lambda name: "vadd" not in name)}
-PIXELS = "--data_dir {data} --runs {runs} --results {results}"
+DIGITS = {"vadd": 22, "mdlm": 8, "cadd": 8}  # minutes, the longest first
+PIXELS = "--data_dir {data} --runs {runs} --results {results} --steps {steps}"
+PHOTOS = f"results/pixels.py folder --dataset {{photos}} {PIXELS} --samples 500"
 LATENT = (f"vadd.py {SMALL} --kl_ramp 1500 --bound_steps 1,8 --K 16 --eval_draws 2 "
           "--positions --latent_at prefix --pool attention")
 DIFFORMER = ("results/difformer_multi30k.py --data_dir {data} --runs {runs}/difformer-m30k --out "
@@ -78,42 +77,40 @@ JOBS: dict[str, Job] = {
     f"small-{name}-{seed}": Job(
         "ablations", 2, f"cadd.py {SMALL} {flags} --seed {seed} --out {{runs}}/small-{name}-{seed};"
         + words(f"small-{name}-{seed}", *["--z0_hat hard"] * (name != "mdlm"),
-                *["--K 2", "--K 4"] * (name == "cadd")), share=0.5)
+                *["--K 2", "--K 4"] * (name == "cadd")), share=0.34)
     for seed in range(3) for name, flags in HINTS.items()
 } | {
     "small-tuned": Job(
         "ablations", 3, f"cadd.py {SMALL} {MDLM} --steps 1500 --out {{runs}}/small-half; cadd.py "
         f"{SMALL} --steps 1500 --hint_at masked --embed_norm .1 --hint_noise 11.5 "
         "--init_from {runs}/small-half --out {runs}/small-tuned; " + words("small-tuned"),
-        share=0.5),
+        share=0.34),
     "gpt2-text": Job("vocabulary", 1, "results/gpt2_text.py --data_dir {data}", share=0.1),
 } | {
-    f"gpt2-{name}": Job("vocabulary", 5, f"{GPT2} {flags} --out {{runs}}/gpt2-{name}",
-                        ("gpt2-text",)) for name, flags in VOCABULARY.items()
+    f"gpt2-{name}": Job("vocabulary", 4, f"{GPT2} {flags} --out {{runs}}/gpt2-{name}",
+                        ("gpt2-text",), 0.5) for name, flags in VOCABULARY.items()
 } | {
     "latent": Job("latent", 4, f"{LATENT} --out {{runs}}/latent", share=0.5),
     "latent-16": Job("latent", 4, f"{LATENT} --prior_below 16 --out {{runs}}/latent-16", share=0.5),
     "toys": Job("latent", 6, "results/vadd_toys.py --methods vadd-1 --runs {runs}/toys --results "
                 "{results}", share=0.5),
-    "difformer-main": Job("pairs", 14, f"{DIFFORMER} train beams --only main"),
+    "difformer-main": Job("pairs", 14, f"{DIFFORMER} train beams --only main", share=0.5),
     "difformer-speed": Job("pairs", 4, f"{DIFFORMER} speed --only main", ("difformer-main",)),
     "collapse": Job("collapse", 12, "results/catdm_collapse.py mnist english27 --data_dir {data} "
-                    "--runs {runs}/collapse --out {results}"),
+                    "--runs {runs}/collapse --out {results}", share=0.5),
 } | {
     f"mnist-{name}-{seed}": Job(  # small networks: one alone keeps no GPU busy
-        "pixels", minutes, f"results/pixels.py mnist --only {name} --seeds {seed} {PIXELS} "
-        "--steps {steps}", share=0.5 if "vadd" in name else 0.25)
+        "pixels", minutes, f"results/pixels.py mnist --only {name} --seeds {seed} {PIXELS}",
+        share=0.5 if "vadd" in name else 0.25)
     for seed in (0, 1) for name, minutes in DIGITS.items()
 } | {
-    "mnist": Job("pixels", 3, f"results/pixels.py mnist --seeds 0,1 {PIXELS} --steps {{steps}}",
-                 tuple(f"mnist-{name}-{seed}" for seed in (0, 1) for name in DIGITS), 0.5),
+    "mnist": Job("pixels", 0.3, f"results/pixels.py mnist --seeds 0,1 {PIXELS}",
+                 tuple(f"mnist-{name}-{seed}" for seed in (0, 1) for name in DIGITS), 0.1),
 } | {
-    f"photos-{name}": Job("pixels", 6, f"results/pixels.py folder --only {name} --dataset "
-                          f"{{photos}} {PIXELS} --steps {{steps}}", share=0.5)
+    f"photos-{name}": Job("pixels", 6, f"{PHOTOS} --only {name}", share=0.5)
     for name in ("mdlm", "cadd")
 } | {
-    "photos": Job("pixels", 4, f"results/pixels.py folder --dataset {{photos}} {PIXELS} --steps "
-                  "{steps} --samples 500", ("photos-mdlm", "photos-cadd"), 0.5),
+    "photos": Job("pixels", 0.3, PHOTOS, ("photos-mdlm", "photos-cadd"), 0.1),
     "u-nets": Job("bench", 8, "; ".join(f"{b} --mode bench --bench_steps 8; {b} --mode bench "
                                          "--bench_steps 8 --no-compile" for b in BENCH)),
     "host": Job("bench", 3, "; ".join(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import common
 import difformer_multi30k
@@ -121,7 +122,7 @@ def pixel_runs(tmp_path, monkeypatch):
             (out / "result.json").write_text(json.dumps(dict(config={})))
             (out / "log.jsonl").write_text("")
             (out / "images.json").write_text("{}")
-            (out / "images.png").write_bytes(b"png")
+            Image.new("RGB", (4, 2), (len(commands), 0, 0)).save(out / "images.png")
         monkeypatch.setattr(pixels, "python", python)
         monkeypatch.setattr(sys, "argv", ["pixels.py", *flags, "--runs", str(tmp_path / "runs"),
                                           "--results", str(tmp_path / "results")])
@@ -130,14 +131,16 @@ def pixel_runs(tmp_path, monkeypatch):
     return go
 
 
-def test_one_method_alone_is_trained_and_scored_once(pixel_runs, tmp_path):
-    """--only: neither samples nor a table, as others may still train. The same command trains on,
-    where it stopped, and does not score again; without --only the score is not made again."""
+def test_one_method_alone_is_trained_graded_and_scored_once(pixel_runs, tmp_path):
+    """--only: no table, as others may still train. The same command trains on, where it stopped,
+    and neither grades nor scores again, nor does it without --only."""
     out = tmp_path / "runs/pixels-mnist-vadd-20000-seed-0"
-    train, score = pixel_runs("mnist", "--only", "vadd")
+    train, grade, score = pixel_runs("mnist", "--only", "vadd")
     assert train[:3] == ["vadd.py", "--dataset", "mnist-binary"] and "--mode" not in train
     assert train[train.index("--out") + 1] == str(out) and (
         train[train.index("--kl_ramp") + 1] == "10000")
+    assert grade[:3] == ["eval.py", "images", str(out)] and "1000" in grade
+    assert grade[grade.index("--out") + 1] == str(out / "plain")
     assert score[:3] == ["vadd.py", "--mode", "eval"] and "test" in score
     assert score[score.index("--save") + 1] == str(out / "eval-test.json")
     assert score[score.index("--eval_sequences") + 1] == "0"  # all
@@ -146,9 +149,28 @@ def test_one_method_alone_is_trained_and_scored_once(pixel_runs, tmp_path):
     rest = pixel_runs("mnist")
     scored = [x[x.index("--save") + 1].split("/")[-2].split("-20000")[0] for x in rest
               if "--save" in x]
-    assert scored == ["pixels-mnist-mdlm", "pixels-mnist-vadd-ours", "pixels-mnist-cadd"]
-    assert list(json.loads((tmp_path / "results/pixels-mnist.json").read_text())) == [
-        "plain, seed 0", *(f"{name}, seed 0" for name in pixels.MNIST)]
+    assert scored == ["pixels-mnist-mdlm", "pixels-mnist-cadd"]
+    found = json.loads((tmp_path / "results/pixels-mnist.json").read_text())
+    assert list(found) == [f"{name}, seed 0" for name in pixels.MNIST]
+    assert list(found["vadd, seed 0"]["grades"]) == ["plain"]
+
+
+def test_on_a_folder_each_sampler_is_graded_and_pictures_stand_below_each_other(
+        pixel_runs, tmp_path):
+    """The picture is of the first seed, one group for each method."""
+    commands = pixel_runs("folder", "--dataset", "x", "--seeds", "0,1")
+    graded = [x for x in commands if x[0] == "eval.py"]
+    assert len(graded) == 2 * 2 * len(pixels.SAMPLERS)
+    cool = next(x for x in graded if x[x.index("--out") + 1].endswith("cadd-20000-seed-0/cool-1"))
+    assert "--cool" in cool and cool[cool.index("--temperature") + 1] == "1"
+    assert "--corrector" not in cool
+    found = json.loads((tmp_path / "results/pixels-folder.json").read_text())
+    assert list(found) == ["mdlm, seed 0", "cadd, seed 0", "mdlm, seed 1", "cadd, seed 1"]
+    assert list(found["cadd, seed 1"]["grades"]) == list(pixels.SAMPLERS)
+    picture = np.asarray(Image.open(tmp_path / "results/pixels-folder.png"))[:, :, 0]
+    at = [1 + commands.index(next(x for x in graded if x[2].endswith(f"{name}-20000-seed-0")))
+          for name in ("mdlm", "cadd")]
+    assert picture.tolist() == [4 * [at[0]]] * 2 + [4 * [at[1]]] * 2
 
 
 def test_a_name_that_is_no_method_is_refused(pixel_runs, capsys):
