@@ -51,7 +51,9 @@ HINTS = {  # ablations at 6 x 384: flags beside the preset's --hint_in mean
     "mse": "--embed_norm .0122 --mse soft"}
 VOCABULARY = {  # at GPT-2's
     "mdlm": MDLM, "paper": "--paper", "c_in": "--hint_in c_in --embed_norm .0122",
-    "mean": "--hint_in mean --embed_norm .0122"}
+    "mean": "--hint_in mean --embed_norm .0122",
+    "weak": "--hint_in c_in --hint_out --embed_norm .1 --hint_noise 11.5",
+    "weak-mean": "--hint_in mean --hint_out --embed_norm .1 --hint_noise 11.5"}
 GPT2 = ("cadd.py --dataset {data}/nltk-gpt2 --dim 384 --depth 6 --heads 6 --length 512 "
         "--batch_size 128 --micro_batch 64 --steps 1000 --lr 1e-3 --hint_noise 1 --no-hint_out "
         "--samples 64 --temperature 1 --sample_steps 128 --eval_draws 2 --eval_sequences 500")
