@@ -133,7 +133,9 @@ _WEAK = dict(hint_in="mean", embed_norm=0.00866)  # at width 768 its length is 0
 # Noise so that an embedding's length is 0.3 of it: weak hints.
 _SMALL = dict(length=256, dim=384, depth=6, heads=6, batch_size=64, steps=20_000, lr=1e-3,
               warmup=500, hint_noise=6.5, **_HINTS)
-_LM = dict(batch_size=512, micro_batch=512, length=128, steps=1_000_000)
+# At GPT-2's vocabulary "mean" triples a step and takes gigabytes; results/cadd.md compares them.
+_LARGE = dict(_WEAK, hint_in="c_in")
+_LM = dict(batch_size=512, micro_batch=512, length=128, steps=1_000_000, **_LARGE)
 PRESETS: dict[str, dict] = {
     # two CPU cores, three minutes
     "pydoc": dict(length=64, dim=96, depth=3, heads=3, dropout=0.0, batch_size=32, micro_batch=32,
@@ -152,7 +154,8 @@ PRESETS: dict[str, dict] = {
                       log_every=100, sample_batch=256, **_WEAK),
     "lm1b": _LM,         # packed sentences: Table 6, MDLM 31.8
     "lm1b-padded": _LM,  # padded sentences: MDLM 27.0; the two never share a table
-    "owt": dict(length=1024, sample_steps=1024, eval_draws=1, sample_batch=16),  # Fig. 3
+    # Figure 3
+    "owt": dict(length=1024, sample_steps=1024, eval_draws=1, sample_batch=16, **_LARGE),
 }
 # Images (Tables 1 and 2): ADM's U-Net, as in MDM-Prime. Paper: batches and ImageNet's dropout are
 # not given; 200M and 4B images.

@@ -127,7 +127,7 @@ PRESETS |= {
     "mnist-binary": dict(_PIXELS, dim=64, depth=8, heads=1, length=1024, latent_dim=64,
                          micro_batch=256, steps=200_000),
     "cifar10": dict(_PIXELS, dim=128, depth=32, heads=32, length=3072, latent_dim=128,
-                    micro_batch=32, steps=1_000_000, eval_sequences=200),
+                    micro_batch=128, steps=1_000_000, eval_sequences=200),
     # two CPU cores, four minutes; the KL's weight ends at .1, with a faster ramp z stays unused
     "glyph-pixels": dict(_PIXELS, dim=16, mults="1,2,4", depth=1, heads=2, pixel_dim=16, length=256,
                          scale_shift=True, latent_dim=16, kl_ramp=7000, prior_below=100,

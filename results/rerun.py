@@ -50,12 +50,10 @@ HINTS = {  # ablations at 6 x 384: flags beside the preset's --hint_in mean
     "concat": "--embed_norm .0122 --fuse concat", "reweight": "--embed_norm .0122 --fuse reweight",
     "mse": "--embed_norm .0122 --mse soft"}
 VOCABULARY = {  # at GPT-2's
-    "mdlm": MDLM, "paper": "--paper", "c_in": "--hint_in c_in --embed_norm .0122",
-    "mean": "--hint_in mean --embed_norm .0122",
-    "weak": "--hint_in c_in --hint_out --embed_norm .1 --hint_noise 11.5",
-    "weak-mean": "--hint_in mean --hint_out --embed_norm .1 --hint_noise 11.5"}
+    "mdlm": MDLM, "c_in": "--hint_in c_in --embed_norm .0122",
+    "mean": "--hint_in mean --embed_norm .0122"}
 GPT2 = ("cadd.py --dataset {data}/nltk-gpt2 --dim 384 --depth 6 --heads 6 --length 512 "
-        "--batch_size 128 --micro_batch 64 --steps 1000 --lr 1e-3 --hint_noise 1 --no-hint_out "
+        "--batch_size 128 --micro_batch 64 --steps 4000 --lr 1e-3 --hint_noise 1 --no-hint_out "
         "--samples 64 --temperature 1 --sample_steps 128 --eval_draws 2 --eval_sequences 500")
 DIGITS = {"vadd": 22, "mdlm": 8, "cadd": 8}  # minutes, the longest first
 PIXELS = "--data_dir {data} --runs {runs} --results {results} --steps {steps}"
@@ -79,20 +77,20 @@ JOBS: dict[str, Job] = {
     f"small-{name}-{seed}": Job(
         "ablations", 2, f"cadd.py {SMALL} {flags} --seed {seed} --out {{runs}}/small-{name}-{seed};"
         + words(f"small-{name}-{seed}", *["--z0_hat hard"] * (name != "mdlm"),
-                *["--K 2", "--K 4"] * (name == "cadd")), share=0.34)
+                *["--K 2", "--K 4"] * (name == "cadd")), share=0.33)
     for seed in range(3) for name, flags in HINTS.items()
 } | {
     "small-tuned": Job(
         "ablations", 3, f"cadd.py {SMALL} {MDLM} --steps 1500 --out {{runs}}/small-half; cadd.py "
         f"{SMALL} --steps 1500 --hint_at masked --embed_norm .1 --hint_noise 11.5 "
         "--init_from {runs}/small-half --out {runs}/small-tuned; " + words("small-tuned"),
-        share=0.34),
+        share=0.33),
     "gpt2-text": Job("vocabulary", 1, "results/gpt2_text.py --data_dir {data}", share=0.1),
 } | {
-    f"gpt2-{name}": Job("vocabulary", 4, f"{GPT2} {flags} --out {{runs}}/gpt2-{name}",
-                        ("gpt2-text",), 0.5) for name, flags in VOCABULARY.items()
+    f"gpt2-{name}": Job("vocabulary", 17 if name == "mean" else 8,
+                        f"{GPT2} {flags} --out {{runs}}/gpt2-{name}", ("gpt2-text",), 0.5)
+    for name, flags in VOCABULARY.items()
 } | {
-    "latent": Job("latent", 4, f"{LATENT} --out {{runs}}/latent", share=0.5),
     "latent-16": Job("latent", 4, f"{LATENT} --prior_below 16 --out {{runs}}/latent-16", share=0.5),
     "toys": Job("latent", 6, "results/vadd_toys.py --methods vadd-1 --runs {runs}/toys --results "
                 "{results}", share=0.5),

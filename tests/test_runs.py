@@ -1365,8 +1365,8 @@ PAGES = ["README.md", *sorted(f"results/{path.name}" for path in (ROOT / "result
 def test_each_command_of_the_pages_is_one_that_the_parsers_take(page, tmp_path, monkeypatch):
     """Flags and values are checked; what is missing here, runs and files, is what stops them."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my/pictures").mkdir(parents=True)
-    (tmp_path / "my/code").mkdir()
+    for folder in ("my/pictures", "my/code", "data/nltk-gpt2"):
+        (tmp_path / folder).mkdir(parents=True)
     monkeypatch.setattr(metrics, "Judge", lambda *_: None)  # would fetch GPT-2
     command = r"(?:python |torchrun [^`\n]*|`)(cadd|vadd|catdm|difformer|eval)\.py([^`#\n]*)"
     found = re.findall(command, (ROOT / page).read_text(encoding="utf-8"))
