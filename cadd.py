@@ -4,7 +4,7 @@
     python cadd.py --mode sample --watch                watch the trained model unmask text
     python cadd.py --hint none --out runs/mdlm-pydoc    the same with MDLM
     python cadd.py --dataset text8                      one GPU
-    torchrun --nproc_per_node 8 cadd.py --dataset owt   eight GPUs, the paper's main run
+    torchrun --nproc_per_node 8 cadd.py --dataset owt   eight GPUs; --paper: its main run
     torchrun --nproc_per_node 8 cadd.py --backbone Qwen2.5-Coder-7B --dataset CODE --fsdp
     python cadd.py --mode sample --out runs/cadd-CODE --prompts HumanEval.jsonl      Table 3
     python cadd.py --dataset glyph-pixels               images, CPU, 4 minutes; also a folder of own
@@ -55,7 +55,8 @@ class Config(common.MaskedConfig):
                        "owt; pixels: glyph-pixels, mnist-binary, mnist-pixels, cifar10, "
                        "imagenet32; or a folder of your own, texts or images")
     length: int = arg(256, "tokens per sequence", 1, 65536)
-    hint: str = arg("fm", "schedule of the hints z_t: fm (linear, B.1), vp (Table 9), none = MDLM",
+    hint: str = arg("fm", "schedule of the hints z_t: fm (linear, B.1), vp (Table 9), none = MDLM "
+                    "(as published with --embed_norm 0)",
                     choices=("fm", "vp", "none"))
     hint_at: str = arg("all", "where the hint enters: all positions (Algorithm 1), or only masked "
                        "ones (the authors' code; keeps an MDM's inputs for --init_from)",
