@@ -4,7 +4,7 @@
     python cadd.py --mode sample --watch                watch the trained model unmask text
     python cadd.py --hint none --out runs/mdlm-pydoc    the same with MDLM
     python cadd.py --dataset text8                      one GPU
-    torchrun --nproc_per_node 8 cadd.py --dataset owt   eight GPUs; --paper: its main run
+    torchrun --nproc_per_node 8 cadd.py --dataset owt   eight GPUs; the paper's main run: --paper
     torchrun --nproc_per_node 8 cadd.py --backbone Qwen2.5-Coder-7B --dataset CODE --fsdp
     python cadd.py --mode sample --out runs/cadd-CODE --prompts HumanEval.jsonl      Table 3
     python cadd.py --dataset glyph-pixels               images, CPU, 4 minutes; also a folder of own
