@@ -76,8 +76,8 @@ JOBS: dict[str, Job] = {
     # ablations of CADD, half the budget from an MDM (C.1)
     f"small-{name}-{seed}": Job(
         "ablations", 2, f"cadd.py {SMALL} {flags} --seed {seed} --out {{runs}}/small-{name}-{seed};"
-        + words(f"small-{name}-{seed}", *["--z0_hat hard"] * (name != "mdlm"),
-                *["--K 2", "--K 4"] * (name == "cadd")), share=0.33)
+        + words(f"small-{name}-{seed}",
+                *["--z0_hat hard", "--K 2", "--K 4"] * (name == "cadd")), share=0.33)
     for seed in range(3) for name, flags in HINTS.items()
 } | {
     "small-tuned": Job(
