@@ -1930,17 +1930,21 @@ class Output:
 
 
 def run_main(main: Callable[..., None], *args: Any) -> None:
-    """Call main; a RunError (a ValueError of data.py, an OSError of a file) becomes one line and
-    exit code 1."""
+    """Call main; a RunError (a ValueError of data.py, an OSError of a file, a GPU that is full)
+    becomes one line and exit code 1."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Output, streams)
     try:
         main(*args)
         if dist.is_initialized():  # not after an error: it would wait for ranks that still train
             dist.destroy_process_group()
-    except (RunError, ValueError, OSError) as error:
+    except (RunError, ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("CATDIFF_DEBUG"):
             raise
+        if isinstance(error, torch.OutOfMemoryError):
+            error = (f"{str(error).partition('. GPU ')[0]}: a smaller --micro_batch (difformer.py: "
+                     "--micro_tokens) takes the same batch in more parts, a smaller --sample_batch "
+                     "draws fewer samples at once")
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

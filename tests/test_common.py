@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import cadd
 import common
+import difformer
 from common import RunError, arg, free
 from conftest import ONE_THREAD, ROOT, log_of
 
@@ -512,6 +514,19 @@ def test_main_turns_errors_into_one_line(capsys):
     with pytest.raises(SystemExit) as error:
         common.run_main(fail)
     assert error.value.code == 1 and capsys.readouterr().err == "error: do this\n"
+
+
+def test_a_full_gpu_is_said_with_the_flags_that_help(capsys):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "
+                                     "total capacity of 79.10 GiB")
+    with pytest.raises(SystemExit) as error:
+        common.run_main(fail)
+    told = capsys.readouterr().err
+    assert error.value.code == 1 and told.count("\n") == 1
+    assert told.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB: a smaller")
+    for script, flag in ((cadd, "micro_batch"), (difformer, "micro_tokens"), (cadd, "sample_batch")):
+        assert f"--{flag}" in told and hasattr(script.Config, flag)
 
 
 def test_the_process_group_is_left_after_a_run_but_not_after_an_error(monkeypatch):
