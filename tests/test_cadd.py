@@ -929,6 +929,19 @@ def test_presets_name_fields_and_datasets():
         Config(**row)
 
 
+@pytest.mark.parametrize("name, hint_in", [("english27", "mean"), ("text8", "mean"),
+                                           ("lm1b", "c_in"), ("lm1b-padded", "c_in"),
+                                           ("owt", "c_in")])
+def test_hints_of_large_texts_are_weak(name, hint_in):
+    """Embeddings of length .24 at width 768, without Bayes' rule at the output, as cadd.md's table
+    of GPT-2's vocabulary chose them; --paper and --hint none undo it."""
+    cfg = Config(**cadd.PRESETS[name])
+    assert (cfg.hint_in, cfg.hint_out, cfg.hint_noise, cfg.dim) == (hint_in, False, 1.0, 768)
+    assert cfg.embed_norm * math.sqrt(cfg.dim) == pytest.approx(0.24, rel=1e-3)
+    paper = Config(**cadd.PRESETS[name], paper=True)
+    assert (paper.hint_in, paper.embed_norm) == ("raw", 0)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(common.RunError, match="even multiple of --heads"):
         cadd.build(Config(dim=10, heads=3), types.SimpleNamespace(vocab_size=5, shape=None,
