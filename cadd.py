@@ -59,7 +59,8 @@ class Config(common.MaskedConfig):
                     "(as published with --embed_norm 0)",
                     choices=("fm", "vp", "none"))
     hint_at: str = arg("all", "where the hint enters: all positions (Algorithm 1), or only masked "
-                       "ones (the authors' code; keeps an MDM's inputs for --init_from)",
+                       "ones (the authors' code; with --fuse add it keeps an MDM's inputs for "
+                       "--init_from, with --hint_in raw what it computes of them too)",
                        choices=("all", "masked"))
     fuse: str = arg("add", "how w(x_t) and z_t meet (Table 8)",
                     choices=("add", "concat", "reweight"))
@@ -74,7 +75,7 @@ class Config(common.MaskedConfig):
     hint_noise: float = arg(1.0, "standard deviation of z_1 (the paper: 1): more weakens hints and "
                             "leaves the network long embeddings", 1e-3, 1e6)
     detach_hints: bool = arg(False, "no gradient through z_0 into the embeddings where masked")
-    paper: bool = arg(False, "the paper's letter, whatever the preset: --hint_in raw "
+    paper: bool = arg(False, "the paper's letter in place of the preset's hints: --hint_in raw "
                       "--no-hint_out --hint_noise 1 --no-time_cond --embed_norm 0")
     weight: str = arg("elbo", "weight of the loss: elbo (Eq. 2), none = Eq. 20 as printed",
                       choices=("elbo", "none"))
@@ -101,8 +102,8 @@ class Config(common.MaskedConfig):
                       "entropy = the schedule's number, those of the likeliest best token or least "
                       "entropy; first-hitting = one per call, whatever --sample_steps", group=
                       "sampling", choices=("random", "confidence", "entropy", "first-hitting"))
-    K: int = free(1, "latent chains whose predictions are averaged (Eq. 5): K times the network "
-                  "calls", 1, 1000, group="sampling")
+    K: int = free(1, "latent chains whose predictions are averaged (Eq. 5), in nll_prior too: K "
+                  "times the network calls", 1, 1000, group="sampling")
     prompts: str = free("", "complete the prompts of this .jsonl, such as HumanEval.jsonl; "
                         "--samples of each", group="sampling")
     completion: int = free(512, "most tokens of a completion", 1, 65536, group="sampling")
@@ -111,22 +112,22 @@ class Config(common.MaskedConfig):
                             group="sampling")
     cool: bool = free(False, "the token draw's temperature falls by a cosine from --temperature at "
                       "t = 1 to 0 (images: from 2.5)", group="sampling")
-    augment: float = arg(0.0, "share of training images that are flipped, and that are turned", 0,
-                         1, group="optimisation")
+    augment: float = arg(0.0, "probability that a training image's flip is drawn (half are none), "
+                         "and that its turn is (a quarter are none)", 0, 1, group="optimisation")
     eval_draws: int = free(4, "draws of (t, x_t, z_t) per sequence", 1, 10**6, group="evaluation")
     t_min: float = free(0.0, "time at which nll_joint's chain ends; 0: the best of T_MIN on "
                         "training data", 0, 0.99, group="evaluation")
 
     def __post_init__(self):
-        if self.paper:
-            self.hint_in, self.hint_out, self.hint_noise = "raw", False, 1.0
-            self.time_cond, self.embed_norm = False, 0.0
         if self.backbone:  # the other flags of the network have no say
             self.dim, self.time_cond = backbone_facts(Path(self.backbone))["hidden_size"], False
 
-    def calls(self, length: int) -> int:
-        """Calls of the network, of each latent chain, for a sample of `length` tokens."""
-        return length if self.order == "first-hitting" else self.sample_steps
+    def calls(self, data: Sequences) -> int:
+        """Calls of the network, of each latent chain, for a sample: all free, or of --prompt."""
+        if self.order != "first-hitting":
+            return self.sample_steps
+        gaps = self.prompt and common.encode_prompt(self.prompt, data, self.prompt_mask)
+        return int((gaps == data.mask_id).sum()) if self.prompt else data.length
 
 
 _HINTS = dict(hint_in="mean", hint_out=True, embed_norm=0.1)  # ours; --paper undoes it
@@ -188,7 +189,8 @@ PRESETS["mnist-pixels"] = PRESETS["mnist-binary"]
 PRESETS["folder"] = dict(PRESETS["pydoc"], steps=8000)  # two CPU cores, ten minutes
 MDLM_BITS = {"pydoc": 2.690, "english27": 1.944}  # its bound with seed 0: results/mdlm-*.json
 # Table 3: 65B tokens, of which the paper gives no batch; its embeddings' norm is near 0.6
-FLAG_PRESETS = {"--backbone": dict(
+FLAG_PRESETS = {"--paper": dict(hint_in="raw", hint_out=False, hint_noise=1.0, time_cond=False,
+                                embed_norm=0.0), "--backbone": dict(
     length=2048, batch_size=512, micro_batch=4, steps=62_000, lr=1e-5, warmup=2000, dropout=0.0,
     lr_schedule="constant", beta2=0.999, ema=0.9999, hint_at="masked", hint_in="c_in",
     hint_out=False, hint_noise=1.0, embed_norm=0.0, recompute=True, compile=False, sample_steps=512,
@@ -811,11 +813,17 @@ def load_batch(cfg: Config, data: Sequences, step: int, index: Tensor, ddp: comm
 
 def build(cfg: Config, data: Sequences, pretrained: bool = False) -> CADD:
     """The network, untrained, or `pretrained` its backbone. Raises RunError if its width does not
-    suit rotary attention, or if --prompt has no gap or too many tokens."""
-    if cfg.corrector and cfg.order == "first-hitting":  # a mistake should cost no training
-        raise RunError("--corrector hides tokens again: not with --order first-hitting")
+    suit rotary attention, or if --prompt or --prompts do not suit the data."""
+    if cfg.order == "first-hitting" and (cfg.corrector or cfg.cool):  # a mistake costs no training
+        raise RunError("--order first-hitting has no common time: not with --corrector or --cool")
     common.check_prompt(cfg, data)
-    cfg.prompts and read_prompts(Path(cfg.prompts))
+    tasks = read_prompts(Path(cfg.prompts)) if cfg.prompts else []
+    if tasks and data.unit == "dimension":
+        raise RunError("--prompts is for text")
+    longest = max((len(data.encode(task["prompt"])) for task in tasks), default=0)
+    if tasks and not cfg.backbone and longest + cfg.completion > data.length:
+        raise RunError(f"--prompts: {longest} tokens and --completion {cfg.completion} are more "
+                       f"than this model's {data.length}")
     return CADD(cfg, data.vocab_size, pretrained, data.shape)
 
 
@@ -924,8 +932,8 @@ def evaluate(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP) -> dict
         return ddp.sum(total.double().to(ddp.device)).item()
 
     t_min = cfg.t_min or None
-    if cfg.hint != "none" and not t_min and "train" in data.splits:  # zero-shot sets have none
-        t_min = min(T_MIN, key=on_training_data)
+    if cfg.hint != "none" and not t_min:  # zero-shot sets have no training data
+        t_min = min(T_MIN, key=on_training_data) if "train" in data.splits else T_MIN[0]
     found = values(cfg.split, cfg.eval_sequences, t_min)
     figures = common.estimates(found, data, ddp, found.pop("tokens", None), given="padding",
                                split=cfg.split)
@@ -953,7 +961,7 @@ def sampler_of(model: CADD, cfg: Config, ddp: common.DDP
 def draw_ids(model: CADD, cfg: Config, data: Sequences, steps: int, ddp: common.DDP) -> Tensor:
     """cfg.samples sequences of `steps` steps: ids (samples, L) on the CPU."""
     cfg = dataclasses.replace(cfg, sample_steps=steps)
-    return common.fill_in(cfg, data, ddp, cfg.calls(data.length), sampler_of(model, cfg, ddp))
+    return common.fill_in(cfg, data, ddp, cfg.calls(data), sampler_of(model, cfg, ddp))
 
 
 def draw(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP, trained: bool = False
@@ -966,7 +974,7 @@ def draw(model: CADD, cfg: Config, data: Sequences, ddp: common.DDP, trained: bo
     if data.unit == "dimension":
         ids = draw_ids(model, cfg, data, cfg.sample_steps, ddp)
         return show_images({f"{cfg.sample_steps} steps": ids}, data, cfg, graded=trained)
-    calls = cfg.calls(data.length)
+    calls = cfg.calls(data)
     compares = trained and cfg.order == "random" and not (cfg.prompt or cfg.watch)
     n = max(cfg.samples, cfg.sample_batch) if compares else cfg.samples
 

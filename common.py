@@ -695,7 +695,7 @@ class EMA:
     """Exponential moving average of parameters, kept as a copy that starts equal to them.
 
     decay_n = min(decay, (1 + n) / (10 + n)) after n updates, so that short runs are not ruled by
-    their initial weights (as in MDLM). Buffers are not averaged: the networks here have none.
+    their initial weights (as in MDLM). Buffers are not averaged: DiT's table is constant.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -952,7 +952,8 @@ def check_same_run(saved: dict, wanted: dict, cls: type, run: str = "this run", 
 
 @contextlib.contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Full float32: neither autocast nor TF32, wherever something is scored or drawn."""
+    """Wherever something is scored or drawn: no TF32, and autocast only if entered inside. There
+    the masked scripts enter it, with head, softmax and draws in float32 or better."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -92,7 +92,7 @@ class Sequences:
     shape: tuple[int, int] | tuple[int, int, int] | None = None
     # (V, p, p) or (V, p, p, 3) uint8: each token's picture, where it has one
     pixels: np.ndarray | None = None
-    augment: float = 0.0  # share of training images that are flipped, and that are turned
+    augment: float = 0.0  # probabilities of `flip_and_turn`
 
     def __post_init__(self) -> None:
         """Raises DataError if special ids collide, or if splits or labels do not fit."""

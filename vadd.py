@@ -309,7 +309,8 @@ class MLPRecognition(nn.Module):
         self.readout = mlp(cfg.dim, cfg.dim, outputs)
 
     def forward(self, x0: Tensor, x_t: Tensor, masked: Tensor, t: Tensor) -> Tensor:
-        h = self.embed(torch.stack([x0, x_t])) + self.time(t)             # (2, B, d)
+        x = x_t[None] if x0 is x_t else torch.stack([x0, x_t])            # a prior has x_t alone
+        h = self.embed(x) + self.time(t)                                  # (2, B, d), or 1
         return self.readout(self.trunk(h).mean(0))
 
 
@@ -406,8 +407,9 @@ class UNetRecognition(nn.Module):
             nn.init.kaiming_normal_(layer.weight)
 
     def forward(self, x0: Tensor, x_t: Tensor, masked: Tensor, t: Tensor) -> Tensor:
-        h = self.net(torch.cat([x0, x_t]), t if len(t) == 1 else t.repeat(2))
-        h = h.unflatten(0, (2, -1)).mean(0)                               # (B, L, dim)
+        x = x_t if x0 is x_t else torch.cat([x0, x_t])                    # a prior has x_t alone
+        h = self.net(x, t if len(t) == 1 else t.repeat(len(x) // len(x_t)))
+        h = h.unflatten(0, (-1, len(x_t))).mean(0)                        # (B, L, dim)
         h = h.reshape(len(h), *self.net.shape[:2], -1).movedim(-1, 1)
         return self.readout(self.down(h).flatten(1))
 
@@ -642,8 +644,8 @@ def bound(model: VADD, x0: Tensor, not_pad: Tensor, T: int, K: int,
         -log p(x_0) <= sum over steps of E_q [ -log E_z prod_{i in R} mu_i(x_t, z) ]
     (the revealing itself has the same probability in q and p and cancels). T = 1 is a VAE's bound;
     T -> infinity reveals one at a time: MDLM's with the marginals. r knows all of x_0, but only R
-    has to be explained: where R is small r is too narrow, so half of the draws come from the
-    prior, which bounds the weights by 2.
+    has to be explained: where R is small r is too narrow, so half of the draws (rounded down)
+    come from the prior, which for even K bounds the weights by 2.
     """
     u = torch.rand(x0.shape, device=x0.device, generator=generator)
     total = torch.zeros(len(x0), device=x0.device, dtype=torch.float64)
@@ -733,7 +735,7 @@ def build(cfg: Config, data: Sequences) -> VADD:
     if cfg.net != "dit" and (cfg.positions or cfg.latent_at == "prefix" or cfg.pool != "mean"):
         raise RunError("--positions, --latent_at and --pool are for --net dit")
     if (cfg.prompt or cfg.watch) and (cfg.net == "mlp" or data.unit == "bin"):
-        raise RunError("--prompt and --watch are for text and --net dit")
+        raise RunError("--prompt and --watch are for text and pictures, not for --net mlp")
     common.check_prompt(cfg, data)
     return VADD(cfg, data.vocab_size, data.shape)
 
@@ -744,8 +746,9 @@ def flops_per_token(model: VADD, L: int) -> float:
     if model.cfg.net == "mlp":
         return 0.0
     if model.cfg.net == "unet":  # the recognition network's runs twice
-        return model.denoiser.net.flops_per_token(L) + (
-            2 * model.recognition.net.flops_per_token(L) if model.cfg.latent_dim else 0)
+        nets = [m for m in model.modules() if isinstance(m, common.UNet)]
+        nets += [model.recognition.net] if model.cfg.latent_dim and not model.cfg.hide_xt else []
+        return sum(net.flops_per_token(L) for net in nets)
     head = 6 * model.hidden_share[0] * model.head.weight.numel()
     return head + sum(m.flops_per_token(L) for m in model.modules() if isinstance(m, common.DiT))
 

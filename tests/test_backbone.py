@@ -218,13 +218,14 @@ def test_two_sharded_ranks_equal_one_and_resume_each_other(request, sources, dat
 
 
 def test_an_adapted_mdm_goes_on_as_cadd_and_samples_alone(qwen, sources, tmp_path, capsys):
+    """Completions may be longer than its training sequences of 16."""
     common.main(cadd, flags_of(qwen(), sources, tmp_path / "mdm", "--hint", "none", "--steps", "1"))
     common.main(cadd, flags_of(qwen(), sources, tmp_path / "cadd", "--init_from",
                                str(tmp_path / "mdm"), "--steps", "1", "--anneal", "3"))
     prompts = tmp_path / "p.jsonl"
     prompts.write_text(json.dumps({"task_id": "a", "prompt": SOURCE[:20]}) + "\n")
     common.main(cadd, ["--mode", "sample", "--out", str(tmp_path / "cadd"), "--device", "cpu",
-                       "--prompts", str(prompts), "--data_dir", "none"])
+                       "--prompts", str(prompts), "--data_dir", "none", "--completion", "17"])
     row, = map(json.loads, (tmp_path / "cadd/completions.jsonl").read_text().splitlines())
     assert row["prompt"] == SOURCE[:20] and isinstance(row["completion"], str)
     assert "evaluate_functional_correctness" in capsys.readouterr().out
@@ -326,6 +327,19 @@ def test_code_without_source_is_refused(qwen, tmp_path):
 
 
 # ------------------------------------------------------------------------------------- completions
+
+
+def test_prompts_are_measured_before_training(tmp_path, data_dir):
+    """A network of our own has a length; the longest prompt and its completion may just fill it."""
+    data, file = load_dataset("pydoc", data_dir, 16), tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"task_id": p, "prompt": p}) + "\n" for p in ("ab", "abcd")))
+    tiny = dict(dim=8, depth=1, heads=2, length=16, prompts=str(file))
+    cadd.build(cadd.Config(**tiny, completion=12), data)
+    with pytest.raises(RunError, match="4 tokens and --completion 13 are more than .* 16"):
+        cadd.build(cadd.Config(**tiny, completion=13), data)
+    data.unit = "dimension"
+    with pytest.raises(RunError, match="--prompts is for text"):
+        cadd.build(cadd.Config(**tiny, completion=12), data)
 
 
 def test_prompts_stay_and_completions_end(monkeypatch, tmp_path, data_dir):

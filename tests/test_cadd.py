@@ -856,6 +856,9 @@ def test_the_chain_ends_where_training_data_say(monkeypatch):
     cfg = dataclasses.replace(tiny_model().cfg, eval_sequences=6)
     figures = cadd.evaluate(None, cfg, Words(), common.DDP(0, 1, torch.device("cpu"), False))
     assert figures["nll_joint"]["t_min"] == 0.01
+    monkeypatch.setattr(Words, "splits", ("valid",))  # a zero-shot set has no training data
+    figures = cadd.evaluate(None, cfg, Words(), common.DDP(0, 1, torch.device("cpu"), False))
+    assert figures["nll_joint"]["t_min"] == cadd.T_MIN[0]
     cfg.t_min = 0.3
     figures = cadd.evaluate(None, cfg, Words(), common.DDP(0, 1, torch.device("cpu"), False))
     assert figures["nll_joint"]["t_min"] == 0.3
@@ -878,9 +881,22 @@ def test_the_stored_baseline_stands_beside_what_it_compares_with(monkeypatch):
 
 
 def test_paper_is_the_papers_letter():
-    ours = dict(hint_in="mean", hint_out=True, hint_noise=2.0, time_cond=True, embed_norm=0.1)
-    assert Config(paper=True, **ours) == Config(paper=True)
-    assert Config(**ours).hint_in == "mean"
+    """--paper takes the place of a preset's hints, and other flags still win."""
+    parse = lambda *flags: common.parse_config(cadd, list(flags))  # noqa: E731
+    letter = dict(hint_in="raw", hint_out=False, hint_noise=1.0, time_cond=False, embed_norm=0.0)
+    for name in ("pydoc", "english27", "owt", "glyph-pixels"):
+        want = dataclasses.replace(parse("--dataset", name), paper=True, **letter)
+        assert parse("--dataset", name, "--paper") == want
+        assert parse("--dataset", name) != dataclasses.replace(want, paper=False)
+    assert parse("--paper", "--hint_noise", "3").hint_noise == 3
+
+
+def test_calls_of_a_prompt_are_its_gaps(data_dir):
+    """One each with --order first-hitting, else the steps; without a prompt all are gaps."""
+    data = load_dataset("pydoc", data_dir, 16)
+    for prompt, gaps in (("the ___ of", 3), ("", 16)):
+        assert Config(prompt=prompt, order="first-hitting").calls(data) == gaps
+        assert Config(prompt=prompt, sample_steps=7).calls(data) == 7
 
 
 def test_evaluation_follows_its_flags():
@@ -934,12 +950,10 @@ def test_presets_name_fields_and_datasets():
                                            ("owt", "c_in")])
 def test_hints_of_large_texts_are_weak(name, hint_in):
     """Embeddings of length .24 at width 768, without Bayes' rule at the output, as cadd.md's table
-    of GPT-2's vocabulary chose them; --paper and --hint none undo it."""
+    of GPT-2's vocabulary chose them."""
     cfg = Config(**cadd.PRESETS[name])
     assert (cfg.hint_in, cfg.hint_out, cfg.hint_noise, cfg.dim) == (hint_in, False, 1.0, 768)
     assert cfg.embed_norm * math.sqrt(cfg.dim) == pytest.approx(0.24, rel=1e-3)
-    paper = Config(**cadd.PRESETS[name], paper=True)
-    assert (paper.hint_in, paper.embed_norm) == ("raw", 0)
 
 
 def test_heads_must_divide_the_width():

@@ -462,7 +462,8 @@ def test_a_picture_is_completed_and_what_is_kept_stays(script, tmp_path):
     (vadd, dict(net="unet"), "--net unet is for pixels"),
     (vadd, dict(positions=True), "are for --net dit"),
     (cadd, dict(mults="3,x"), "--mults '3,x': give a whole number for each level"),
-    (cadd, dict(corrector=1.0, order="first-hitting"), "not with --order first-hitting")])
+    (cadd, dict(corrector=1.0, order="first-hitting"), "not with --corrector or --cool"),
+    (cadd, dict(cool=True, order="first-hitting"), "not with --corrector or --cool")])
 def test_flags_that_do_not_suit_pixels(script, flags, message):
     shape = None if "net" in flags else (2, 2, 1)
     with pytest.raises(RunError, match=message):
@@ -570,6 +571,23 @@ def test_the_latent_reaches_every_block_and_recognition_is_siamese():
     assert r(one, two, one == 6, t).shape == (2, 6)
     assert torch.allclose(r(one, two, one == 6, t), r(two, one, one == 6, t), atol=1e-5)
     assert not torch.allclose(r(one, two, one == 6, t), r(one, one, one == 6, t), atol=1e-2)
+    rows = []
+    r.net.register_forward_hook(lambda _, given, out: rows.append(len(given[0])))
+    # Of one image, as a prior has, it runs once and says the same.
+    assert torch.allclose(r(one, one, one == 6, t), r(one, one.clone(), one == 6, t), atol=1e-5)
+    assert rows == [2, 4]
+
+
+def test_vadds_flops_follow_the_images_that_each_network_sees():
+    """The denoiser and an informed prior see one, the recognition network two (--hide_xt: one)."""
+    flops = lambda **flags: vadd.flops_per_token(vadd.build(  # noqa: E731
+        vadd.Config(**SMALL | dict(length=48, mults="1,2", depth=4) | flags),
+        Sequences("p", 6, 48, "dimension", {}, shape=(4, 4, 3))), 48)
+    mdlm, plain = flops(latent_dim=0), flops(latent_dim=3)
+    hidden = flops(latent_dim=3, hide_xt=True)
+    assert plain - hidden == hidden - mdlm > 0
+    prior = flops(latent_dim=3, prior="informed") - plain  # of a quarter of the depth
+    assert prior == flops(latent_dim=3, hide_xt=True, depth=1) - flops(latent_dim=0, depth=1)
 
 
 def test_vadds_parameters():

@@ -531,6 +531,11 @@ def test_siamese_recognition_depends_on_both_inputs():
     mean, _ = model.recognise(x0, x_t, t)
     assert not torch.allclose(mean, model.recognise(x0, x0, t)[0], atol=1e-5)
     assert not torch.allclose(mean, model.recognise((x0 + 1) % 5, x_t, t)[0], atol=1e-5)
+    rows, r = [], model.recognition
+    r.trunk.register_forward_hook(lambda _, given, out: rows.append(len(given[0])))
+    # Of one input, as a prior has, it runs once and says the same.
+    assert torch.allclose(r(x0, x0, x0 == 5, t), r(x0, x0.clone(), x0 == 5, t), atol=1e-5)
+    assert rows == [1, 2]
 
 
 @pytest.mark.parametrize("net", ["dit", "mlp"])
