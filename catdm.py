@@ -164,7 +164,7 @@ PRESETS: dict[str, dict] = {
     "ffhq": {},  # Tables 1, 2 and 4 to 8: 500 epochs of 70K images
     "lsun": dict(steps=98_000),  # Churches: 100 epochs of 126K; Bedrooms: 500 of 3M
     "imagenet": dict(dim=768, depth=24, heads=16, steps=5_000_000, sample_steps=50),  # Table 3
-    # text: CADD's networks, batches and steps, so that figures compare
+    # text: CADD's networks and batches, and its steps but for pydoc, text8 and your own
     "pydoc": dict(length=64, embed_dim=64, dim=96, depth=3, heads=3, dropout=0.0, teacher=0.9,
                   batch_size=32, micro_batch=32, steps=1000, lr=3e-3, warmup=100,
                   lr_schedule="cosine", beta2=0.99, weight_decay=0.0, ema=0.99, samples=4,
@@ -193,6 +193,7 @@ PRESETS["glyphs36"] = PRESETS["glyphs"]
 # your own, two CPU cores, ten minutes: a folder of images (in 64 tokens), and of text
 PRESETS["images"] = dict(PRESETS["glyphs"], images=True, steps=4000)
 PRESETS["folder"] = dict(PRESETS["pydoc"], steps=3000)
+PRESETS[".npy"] = dict(PRESETS["glyphs"], steps=4000)  # images as tokens, of data.py vq-encode
 
 # ---------------------------------------------------------------------------------------------
 # Noise schedule and forward process
@@ -310,7 +311,8 @@ class Denoiser(nn.Module):
         nn.init.normal_(self.embed.weight, std=D ** (-0.5 if cfg.embed_init == "std" else -0.25))
         if cfg.dropped == "learned" and cfg.objective == "catdm" and cfg.drop > 0:
             self.dropped = nn.Parameter(torch.zeros(D))
-        if cfg.embeddings:  # given and never trained: CSDM-dagger of Table 2
+        # Given and never trained: CSDM-dagger of Table 2. Later the checkpoint has them.
+        if cfg.embeddings and cfg.mode not in ("sample", "eval"):
             rows = torch.from_numpy(np.load(cfg.embeddings))
             if rows.shape != (V, D):
                 raise RunError(f"--embeddings {cfg.embeddings} has shape {tuple(rows.shape)}, this "
@@ -717,7 +719,7 @@ def load(cfg: Config, tokenizer: dict | None = None) -> Data:
 
 def load_batches(cfg: Config, data: Data, step: int, ddp: common.DDP) -> list[Batch]:
     """This rank's micro-batches of a step, the same samples and noise on any number of ranks: each
-    draws the noise of the global batch, 134 MB at most in the presets, and takes its rows. One
+    draws the noise of the global batch, 268 MB at most in the presets, and takes its rows. One
     call of the generator for each sample would take longer than a small step."""
     if cfg.task == "pairs":  # as many as cfg.batch_tokens hold
         x, y = data.train_batch(cfg.seed, step, cfg.batch_tokens)
@@ -772,6 +774,8 @@ def flops_per_token(student: Denoiser) -> float:
 
 
 def train(cfg: Config, ddp: common.DDP, data: Data) -> common.Run:
+    if cfg.task == "pairs":
+        common.check_pairs(cfg, data, ddp)
     model = CATDM(build(cfg, data)).to(ddp.device)
     student, w = model.student, model.student.embed.weight
     groups = [dict(params=[p for p in student.parameters() if p.requires_grad and p is not w])]
@@ -928,7 +932,7 @@ def draw(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP, trained: boo
 def probe(model: Denoiser, cfg: Config, data: Data, ddp: common.DDP, times: np.ndarray) -> dict:
     """What `eval.py collapse` asks: how the embeddings of a run lie, and what is left to predict.
 
-    cross_entropy is of 500 sequences (Figures 1 and 5), nothing dropped, with the same noise at
+    cross_entropy is of 500 sequences (CATDM's Figure 1), nothing dropped, with the same noise at
     all times; tokens (500 or fewer, L) are the split's, None for pairs. See eval.collapse.
     """
     t = torch.from_numpy(times).clamp_min(cfg.t_0)  # z stays as it is where the diffusion ends

@@ -877,7 +877,7 @@ def parse_config(script: ModuleType, argv: list[str] | None = None) -> Any:
 
     In modes sample and eval the checkpoint's own configuration takes the place of the preset.
     script.PRESETS is keyed by dataset; the key "folder" serves folders and files of one's own,
-    "images" folders of images. Rows of script.FLAG_PRESETS, if there are any, serve runs with that
+    "images" folders of images, ".npy" such a file. Rows of script.FLAG_PRESETS, if there are any, serve runs with that
     flag, over the dataset's.
     --help shows the values of the dataset chosen. Exits with code 2 and one line on unknown or
     invalid flags; raises RunError for an unknown dataset.
@@ -888,8 +888,8 @@ def parse_config(script: ModuleType, argv: list[str] | None = None) -> Any:
     first = Parser(prog=program, add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default=cls.dataset)
     dataset = first.parse_known_args(argv)[0].dataset
-    images = "images" if "images" in presets else "folder"
-    key = dataset if dataset in presets else images if pictures_in(dataset) else "folder"
+    kinds = dataset, "images" if pictures_in(dataset) else Path(dataset).suffix
+    key = next((kind for kind in kinds if kind in presets), "folder")
     values = {f.name: f.default for f in fields} | presets.get(key, {})
     for word in sys.argv[1:] if argv is None else argv:
         values |= getattr(script, "FLAG_PRESETS", {}).get(word.split("=")[0], {})
@@ -915,7 +915,7 @@ def parse_config(script: ModuleType, argv: list[str] | None = None) -> Any:
     given = vars(parser.parse_args(argv))
     files = (".npy", ".txt", ".txt.xz", ".jsonl", ".jsonl.gz")
     if key == "folder" and not os.path.isdir(dataset) and not dataset.endswith(files):
-        names = ", ".join(k for k in presets if k not in ("folder", "images"))
+        names = ", ".join(k for k in presets if k not in ("folder", "images", ".npy"))
         raise RunError(f"unknown dataset {dataset!r}: choose one of {names}, or give a folder "
                        "with train.txt and valid.txt, or a text.txt")
     cfg = cls(**values | given | {"dataset": dataset})
@@ -1701,6 +1701,17 @@ def encode_prompt(prompt: str, data: Any, mask: str = "") -> Tensor:
     if len(ids) > data.length:
         raise RunError(f"--prompt has {len(ids)} tokens: {data.length} are the most here")
     return torch.tensor(ids)
+
+
+def check_pairs(cfg: Any, data: Any, ddp: DDP) -> None:
+    """Before training, which a mistake should not cost. Raises RunError if a batch, also of the
+    valid split, would leave a process without a pair."""
+    for some in (data, data.held_out()) if cfg.mode == "train" else (data,):
+        longest = int(some.longest.max())
+        if min(max(1, cfg.batch_tokens // longest), some.pairs) < ddp.world:
+            raise RunError(f"--batch_tokens {cfg.batch_tokens} or {some.pairs} pairs"
+                           f"{'' if some is data else ' of valid'} are too few for {ddp.world} "
+                           f"processes with sentences of {longest} tokens")
 
 
 def check_prompt(cfg: MaskedConfig, data: Any) -> None:

@@ -303,12 +303,12 @@ class Difformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=cfg.embed_std)
         if cfg.fairseq_encoder:
             fairseq_init(self.net)
-        if cfg.embeddings:  # z_0 is given and never trained
+        if cfg.embeddings and cfg.mode not in ("sample", "eval"):  # there the checkpoint has them
             rows, wanted = np.load(cfg.embeddings), (vocab_size, cfg.embed_dim)
             if rows.shape != wanted:
                 raise RunError(f"--embeddings {cfg.embeddings} has shape {rows.shape}, this model "
                                f"needs {wanted}")
-            weight = torch.tensor(rows) / cfg.embed_dim**0.5
+            weight = torch.tensor(rows) / cfg.embed_dim**0.5  # z_0 is given and never trained
             self.embed = nn.Embedding.from_pretrained(weight.float())
         self.factor = cfg.factor or round(2 * search_factor(
             cfg.schedule, cfg.dgs_max, vocab_size, cfg.embed_dim, cfg.rescaling, cfg.T)) / 2
@@ -477,8 +477,6 @@ def load(cfg: Config, tokenizer: dict | None = None) -> PairData:
     if tokenizer and cfg.source:
         return PairData.from_tokenizer(tokenizer)
     files = dict(train=cfg.train, valid=cfg.valid, test=cfg.test)
-    if cfg.dataset != "files" and any(files.values()):
-        raise RunError("--train, --valid and --test go together, as --dataset files")
     return load_pairs(cfg.dataset, cfg.data_dir, cfg.max_length, cfg.vocab, cfg.max_number, files,
                       cfg.lower, cfg.distilled, synthetic=cfg.mode == "bench")
 
@@ -538,9 +536,7 @@ def flops_per_pair(model: Difformer, M: float, N: float) -> float:
 
 
 def train(cfg: Config, ddp: common.DDP, data: PairData) -> common.Run:
-    if min(cfg.batch_tokens // max(data.longest), data.pairs) < ddp.world:
-        raise RunError(f"--batch_tokens {cfg.batch_tokens} or {data.pairs} pairs are too few for "
-                       f"{ddp.world} processes with sentences of {max(data.longest)} tokens")
+    common.check_pairs(cfg, data, ddp)
     model = build(cfg, data).to(ddp.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], cfg.lr,
                                   betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cadd
 import catdm
 import common
 from catdm import CATDM, Config, Denoiser, Translator
@@ -333,7 +334,6 @@ def test_presets_have_the_published_sizes():
 
 
 def test_presets_name_fields_and_train_like_cadd():
-    import cadd
     fields = {f.name for f in dataclasses.fields(Config)}
     for name, row in catdm.PRESETS.items():
         assert set(row) <= fields, name
@@ -361,6 +361,10 @@ def test_l2_norm_and_frozen_embeddings(tmp_path):
     assert not model.embed.weight.requires_grad
     with pytest.raises(RunError, match=r"shape \(5, 4\), this model needs \(6, 4\)"):
         Denoiser(Config(dataset="glyphs", **flags), 6, 7)
+    (tmp_path / "e.npy").unlink()  # to sample, the checkpoint is enough
+    later = Denoiser(Config(dataset="glyphs", mode="sample", **flags), 5, 7)
+    later.load_state_dict(model.state_dict())
+    assert torch.equal(later.embedding_matrix(), model.embedding_matrix())
 
 
 def test_class_and_time_reach_the_network_only_through_their_layers():
@@ -1198,7 +1202,7 @@ def test_probe_stays_where_the_diffusion_ends(run, data_dir, monkeypatch):
     found = catdm.probe(model, cfg, data, ddp, PROBE_TIMES)
     early = PROBE_TIMES < 0.5
     assert min(seen) == pytest.approx(0.5) and max(seen) == PROBE_TIMES[-1]
-    assert np.allclose(found["signal"][early], torch.tensor(-1.0).sigmoid().sqrt())  # shift -1
+    assert np.allclose(found["signal"][early], torch.tensor(cfg.shift).sigmoid().sqrt())
     assert (np.diff(found["signal"][~early]) < 0).all()
 
 
@@ -1337,3 +1341,12 @@ def test_every_parameter_of_self_conditioning_takes_part_in_the_loss(coin):
         losses, _ = model(*pair_batch(coin))
     losses.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_tokens_of_ones_own_get_the_preset_of_images(data_dir):
+    """Not that of texts, whose flags the network for images would misread."""
+    parse = lambda name: common.parse_config(catdm, ["--dataset", name])  # noqa: E731
+    own, drawn = parse(f"{data_dir}/tokens.npy"), parse("glyphs")
+    assert (own.dim, own.shift, own.init_std) == (drawn.dim, drawn.shift, drawn.init_std)
+    assert own.task == "images" and parse(data_dir).task == "text"
+    assert common.parse_config(cadd, ["--dataset", "x.npy"]).dim == cadd.PRESETS["folder"]["dim"]

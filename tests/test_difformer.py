@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import catdm
 import common
 import data
 import difformer
@@ -347,6 +348,10 @@ def test_frozen_embeddings(tmp_path):
     assert not model.embed.weight.requires_grad
     with pytest.raises(RunError, match=r"shape \(20, 8\).*needs \(21, 8\)"):
         Difformer(Config(**SMALL, embeddings=str(tmp_path / "e.npy")), 21)
+    (tmp_path / "e.npy").unlink()  # to sample, the checkpoint is enough
+    later = Difformer(Config(**SMALL, embeddings=str(tmp_path / "e.npy"), mode="eval"), 20)
+    later.load_state_dict(model.state_dict())
+    assert torch.equal(later.embed.weight, model.embed.weight)
 
 
 # ------------------------------------------------------------------------- decoding
@@ -560,6 +565,7 @@ def test_the_gradient_is_that_of_the_global_batch(model, monkeypatch):
     x, y, u, eps = batch(model)
     cfg = Config(**SMALL, clip=1e6, length_weight=0.3)
     pairs = pair_data([("a b", "b a"), ("b b", "a a a")])
+    pairs.texts["valid"] = pairs.texts["valid"] * 2  # one for each rank
     grads, total, told = [], {}, {}
 
     class Optimizer:
@@ -621,6 +627,15 @@ def test_too_few_pairs_for_the_processes():
     pairs = pair_data([("a b", "b a")] * 15)
     with pytest.raises(RunError, match="192 or 15 pairs are too few for 16 processes"):
         difformer.train(cfg, many, pairs)
+    pairs = pair_data([("a b", "b a")] * 20)
+    pairs.texts["valid"] = pairs.texts["valid"][:15]  # else noticed when first validated
+    for script in (difformer, catdm):
+        given = script.Config(**SMALL if script is difformer else {}, dataset="numbers",
+                              batch_tokens=192)
+        with pytest.raises(RunError, match="192 or 15 pairs of valid are too few for 16 proc"):
+            script.train(given, many, pairs)
+    common.check_pairs(dataclasses.replace(cfg, mode="bench"), pairs, many)
+    common.check_pairs(dataclasses.replace(cfg, batch_tokens=1), pairs, ALONE)
 
 
 def test_the_loss_compiles_once_for_all_lengths(monkeypatch):

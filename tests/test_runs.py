@@ -875,7 +875,7 @@ LATE = [  # what evaluation or sampling would refuse
     ("vadd", "give numbers of steps, 1 to 1000000", "--bound_steps 1,1000001"),
     ("difformer", "--length is at most 30 and --K at most 2000", "--K 2001"),
     ("difformer", "--length is at most 30 and --K at most 2000", "--length 31"),
-    ("difformer", "--train, --valid and --test go together", "--valid a b"),
+    ("difformer", "--valid and --test go with --train", "--valid a b"),
     ("cadd", "is a file: choose another --data_dir", "--data_dir DATA/tokens.npy")]
 
 
