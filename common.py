@@ -877,8 +877,8 @@ def parse_config(script: ModuleType, argv: list[str] | None = None) -> Any:
 
     In modes sample and eval the checkpoint's own configuration takes the place of the preset.
     script.PRESETS is keyed by dataset; the key "folder" serves folders and files of one's own,
-    "images" folders of images, ".npy" such a file. Rows of script.FLAG_PRESETS, if there are any, serve runs with that
-    flag, over the dataset's.
+    "images" folders of images, ".npy" such a file. Rows of script.FLAG_PRESETS, if there are any,
+    serve runs with that flag, over the dataset's.
     --help shows the values of the dataset chosen. Exits with code 2 and one line on unknown or
     invalid flags; raises RunError for an unknown dataset.
     """
