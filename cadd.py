@@ -195,7 +195,7 @@ FLAG_PRESETS = {"--paper": dict(hint_in="raw", hint_out=False, hint_noise=1.0, t
     lr_schedule="constant", beta2=0.999, ema=0.9999, hint_at="masked", hint_in="c_in",
     hint_out=False, hint_noise=1.0, embed_norm=0.0, recompute=True, compile=False, sample_steps=512,
     order="entropy", temperature=0.2, samples=1, save_every=1000, eval_draws=1,
-    eval_sequences=1000)}
+    eval_sequences=1000, net="dit", augment=0.0, split="valid")}
 
 # ---------------------------------------------------------------------------------------------
 # Schedules

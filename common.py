@@ -981,6 +981,9 @@ class DDP:
             raise RunError("--device cuda: PyTorch sees no GPU here; use --device cpu")
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
+        if cuda and local >= torch.cuda.device_count():
+            raise RunError(f"no GPU is left for process {local + 1} of this machine: give "
+                           f"--nproc_per_node {torch.cuda.device_count()}")
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)

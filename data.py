@@ -1997,9 +1997,13 @@ def iwslt14_splits(texts: dict[str, Pairs]) -> dict[str, Pairs]:
 
 def tokenise_13a(text: str) -> list[str]:
     """Words and signs as mteval-v13a and sacreBLEU's default cut them."""
+    for entity, sign in (("<skipped>", ""), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"),
+                         ("&gt;", ">")):
+        text = text.replace(entity, sign)
+    text = f" {text} "
     for pattern, by in ((r"([{-~\[-` -&(-+:-@/])", r" \1 "), (r"([^0-9])([.,])", r"\1 \2 "),
                         (r"([.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
-        text = re.sub(pattern, by, text if text.startswith(" ") else f" {text} ")
+        text = re.sub(pattern, by, text)
     return text.split()
 
 
@@ -2099,7 +2103,9 @@ def encoded_pairs(name: str, data_dir: str | Path, vocab: int, max_number: int,
              for path in dict.fromkeys([*paths, Path(distilled)]) if path.is_file()]
     if sum(size for _, size, _ in stats) < WORTH_KEEPING:
         return encode()
-    what = json.dumps([name, vocab, max_number, lower, distilled, stats])
+    splits = {split: [[str(path.resolve()) for path in paths] for paths, _ in some]
+              for split, some in places.items()}
+    what = json.dumps([name, vocab, max_number, lower, distilled, stats, splits])
     key = f"pairs/{hashlib.sha256(what.encode()).hexdigest()[:16]}"
     arrays, notes = prepared(folders_of(data_dir, key)[::-1], "2", build)  # rather in the cache
     train = tuple(Sentences(arrays[f"ids{i}"], arrays[f"starts{i}"]) for i in (0, 1))

@@ -617,20 +617,24 @@ def show_images(drawn: dict[str, Tensor], data: Sequences, cfg: Any, graded: boo
     return {"samples": print_grades(data, drawn)} if graded and data.classes else {}
 
 
+TORCH_FIDELITY = "torch_fidelity", "'torch-fidelity>=0.4'"  # which has precision and recall
+
+
 def fidelity(images: np.ndarray, real: np.ndarray, reference: str) -> dict[str, dict]:
     """FID, Inception Score, precision and recall of images (n, H, W, colours) uint8 against `real`,
     by torch-fidelity and its standard weights. The papers take 50,000 of each."""
-    package = needed("torch_fidelity", "torch-fidelity")
-    sets = [torch.from_numpy(np.array(x)).movedim(-1, 1).expand(-1, 3, -1, -1)
-            for x in (images, real)]  # of (3, H, W) uint8 each, which the package takes as they are
+    package = needed(*TORCH_FIDELITY)
+    sets = [torch.utils.data.Subset(x, range(len(x))) for x in (  # the package asks for a Dataset
+        torch.from_numpy(np.array(x)).movedim(-1, 1).expand(-1, 3, -1, -1) for x in (images, real))]
     found = package.calculate_metrics(
         input1=sets[0], input2=sets[1], fid=True, isc=True, prc=True, verbose=False,
         cuda=torch.cuda.is_available())
-    facts = dict(unit=f"torch-fidelity {package.__version__}, inception-v3-compat, {len(images):,} "
-                      f"samples, reference {reference} ({len(real):,})", is_bound=True)
-    names = dict(fid="frechet_inception_distance", inception_score="inception_score_mean",
-                 precision="precision", recall="recall")
-    return {name: dict(value=found[key], **facts) for name, key in names.items()}
+    names = dict(fid=("frechet_inception_distance", "inception-v3-compat"),
+                 inception_score=("inception_score_mean", "inception-v3-compat"),
+                 precision=("precision", "vgg16"), recall=("recall", "vgg16"))
+    return {name: dict(value=found[key], unit=f"torch-fidelity {package.__version__}, {net}, "
+                       f"{len(images):,} samples, reference {reference} ({len(real):,})",
+                       is_bound=True) for name, (key, net) in names.items()}
 
 
 def images_main(argv: list[str]) -> None:
@@ -646,6 +650,11 @@ def images_main(argv: list[str]) -> None:
         parser.add_argument(f"--{name}", help="of CADD's sampler (default: the run's)")
     parser.add_argument("--cool", action=argparse.BooleanOptionalAction, help="likewise")
     args = parser.parse_args(argv)
+    args.fid and needed(*TORCH_FIDELITY)  # now rather than after drawing
+    shapes = [common.read_checkpoint(run / "checkpoint.pt", mmap=True)["tokenizer"].get("shape")
+              for run in args.runs if script_of(run)]
+    if len({tuple(shape or ()) for shape in shapes}) > 1:
+        raise RunError("images of different sizes make no picture: call it once for each size")
     flags = ["--data_dir", args.data_dir, "--device", args.device, "--samples", str(args.samples)]
     for name in ("corrector", "temperature"):
         flags += [f"--{name}", value] if (value := getattr(args, name)) else []
@@ -676,7 +685,8 @@ def images_main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_grids(folder / "images.png", pictures, 16)
     common.write_json(folder / "images.json", figures)
-    print(f"{folder / 'images.png'}: from the top {'; '.join(list(figures)[len(classifiers):])}")
+    drawn = [name for name in figures if not name.startswith("data: ")]
+    print(f"{folder / 'images.png'}: from the top {'; '.join(drawn)}")
 
 
 # ---------------------------------------------------------------- collapse of embeddings
@@ -1149,10 +1159,12 @@ def main(argv: list[str] | None = None) -> None:
         few = ": too few, draw 64 or more" if len(drawn) < 64 else ""
         return columns | {"samples": columns["samples"] + few}
 
+    for name in args.paths:  # all, before the first is scored
+        if not Path(name).exists():
+            raise RunError(f"{name} does not exist: give a run folder or a file of samples")
+        Path(name).is_dir() and script_of(Path(name))
     for name, K in itertools.product(args.paths, args.K):
         path, row = Path(name), {"run": f"{name}, K = {K}" if K else name}
-        if not path.exists():
-            raise RunError(f"{name} does not exist: give a run folder or a file of samples")
         rows.append(row)
         if not path.is_dir():
             row |= {} if rank() else columns_of(path, args.dataset)

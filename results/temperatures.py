@@ -19,7 +19,7 @@ import eval as metrics  # noqa: E402
 from data import load_dataset  # noqa: E402
 
 
-def points(run: str, steps: list[int], temperatures: list[float], flags: list[str],
+def points(run: str, steps: list[int], temperature: float, flags: list[str],
            known: dict[str, list], data_dir: str, judge: metrics.Judge | None) -> None:
     """Adds to `known` ["RUN, T steps"] the points [temperature, share of words, entropy], and
     after these the perplexity by a judge."""
@@ -28,36 +28,32 @@ def points(run: str, steps: list[int], temperatures: list[float], flags: list[st
     dataset = json.loads((out / "result.json").read_text())["dataset"]
     words = metrics.words(load_dataset(dataset, data_dir))
     found = {T: known.setdefault(f"{run}, {T} steps", []) for T in steps}
-    for temperature in temperatures:
-        new = [T for T in steps if temperature not in [point[0] for point in found[T]]]
-        flags_here = [*own, *flags, "--data_dir", data_dir, "--temperature", str(temperature)]
-        for T, file in metrics.draw_sweep(out, new, flags_here).items() if new else ():
-            rows = metrics.read_samples(file)
-            texts = [row["text"] for row in rows]
-            found[T].append([temperature, metrics.spelled(texts, words),
-                             metrics.entropy([row["ids"] for row in rows]),
-                             *([judge.perplexities(texts, 64)[0]] if judge else [])])
-            found[T].sort()
+    new = [T for T in steps if temperature not in [point[0] for point in found[T]]]
+    flags = [*own, *flags, "--data_dir", data_dir, "--temperature", str(temperature)]
+    for T, file in metrics.draw_sweep(out, new, flags).items() if new else ():
+        rows = metrics.read_samples(file)
+        texts = [row["text"] for row in rows]
+        found[T].append([temperature, metrics.spelled(texts, words),
+                         metrics.entropy([row["ids"] for row in rows]),
+                         *([judge.perplexities(texts, 64)[0]] if judge else [])])
+        found[T].sort()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help='run folders, each with flags: "RUN --z0_hat hard"')
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 32, 256])
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.9, 0.8])
-    parser.add_argument("--out", type=Path, default=Path("results/temperatures"))
-    parser.add_argument("--judge", default="", help="a run of results/ar_baseline.py")
-    parser.add_argument("--data_dir", default="data", help="where datasets are")
-    args, flags = parser.parse_known_args()  # others go to the script: --samples, --device
+def main(args: argparse.Namespace, flags: list[str]) -> None:
     file = args.out.with_suffix(".json")
+    file.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(file.read_text()) if file.exists() else {}
     known = kept.setdefault("points", {})
+    if not (known or args.runs):
+        raise common.RunError("nothing is drawn yet: give run folders")
+    for run in args.runs:  # all, before the first is drawn
+        metrics.script_of(Path(shlex.split(run)[0]))
     judge = metrics.Judge(args.judge) if args.judge else None
     for run in args.runs:
-        points(run, args.steps, args.temperatures, ["--samples", "256", *flags], known,
-               args.data_dir, judge)
-        common.write_text(file, json.dumps(kept, indent=1))
+        for temperature in args.temperatures:  # each is kept as soon as it is drawn
+            points(run, args.steps, temperature, ["--samples", "256", *flags], known,
+                   args.data_dir, judge)
+            common.write_text(file, json.dumps(kept, indent=1))
     panels = []
     judged = all(len(point) > 3 for found in known.values() for point in found)
     rows = (1, "words spelled as in the training text"), (3, "perplexity by the judge")
@@ -70,5 +66,19 @@ if __name__ == "__main__":
                                        xlabel="entropy of letters, nats")))
     print(file)
     if metrics.matplotlib_found():
-        metrics.draw_lines(args.out.with_suffix(".png"), panels, list(panels[0][0]))
+        metrics.draw_lines(args.out.with_suffix(".png"), panels,
+                           [*dict.fromkeys(run for lines, _ in panels for run in lines)])
         print(args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help='run folders, each with flags: "RUN --z0_hat hard"')
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 32, 256])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.9, 0.8])
+    parser.add_argument("--out", type=Path, default=Path("results/temperatures"))
+    parser.add_argument("--judge", default="", help="a run of results/ar_baseline.py")
+    parser.add_argument("--data_dir", default="data", help="where datasets are")
+    args, flags = parser.parse_known_args()  # others go to the script: --samples, --device
+    common.run_main(main, args, flags)

@@ -176,11 +176,15 @@ def test_a_trained_mask_is_kept(qwen, sources, tmp_path):
 # ------------------------------------------------------------------------------------- training
 
 
-def test_the_flag_has_a_row_of_presets_and_others_go_before(qwen, sources):
+def test_the_flag_has_a_row_of_presets_and_others_go_before(qwen, sources, tmp_path):
     cfg = common.parse_config(cadd, flags_of(qwen(), sources, "a", "--hint_at", "all"))
     assert cfg.lr == 1e-2 and cfg.hint_at == "all" and cfg.hint_in == "c_in" and cfg.recompute
     assert not cfg.time_cond and cfg.dim == 16 and cfg.order == "entropy"
     assert common.parse_config(cadd, ["--dataset", "pycode"]).hint_in == "mean"
+    (tmp_path / "logo.png").write_bytes(b"")  # code beside a picture is still code
+    assert common.parse_config(cadd, ["--dataset", str(tmp_path)]).net == "unet"
+    beside = common.parse_config(cadd, flags_of(qwen(), tmp_path, "a"))
+    assert (beside.net, beside.split, beside.augment) == ("dit", "valid", 0)
 
 
 def test_two_sharded_ranks_equal_one_and_resume_each_other(request, sources, data_dir, tmp_path):

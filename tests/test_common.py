@@ -516,6 +516,15 @@ def test_main_turns_errors_into_one_line(capsys):
     assert error.value.code == 1 and capsys.readouterr().err == "error: do this\n"
 
 
+def test_more_processes_than_gpus_are_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("too late"))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RunError, match="left for process 3 .* --nproc_per_node 2"):
+        common.DDP.start(common.RunConfig())
+
+
 def test_a_full_gpu_is_said_with_the_flags_that_help(capsys):
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a "

@@ -217,6 +217,7 @@ def test_bleu_of_several_references():
 def test_tokeniser_and_figures():
     assert metrics.tokenise_13a('"Hi," he said: 3.5%-off...') == [
         '"', "Hi", ",", '"', "he", "said", ":", "3.5", "%", "-off", ".", ".", "."]
+    assert metrics.tokenise_13a(" 3 &lt; 5, 1.") == ["3", "<", "5", ",", "1", "."]
     rows = [dict(text="A cat sat here .", reference="a cat sat here."),
             dict(text="a b c d e", reference="a b c d e")]
     figures = metrics.score_translations(rows)

@@ -347,3 +347,9 @@ def test_large_sets_are_kept_until_a_file_changes(tmp_path, monkeypatch):
     (folder / "valid.de").write_text("other\nlines\n")
     assert load_pairs("wmt14", tmp_path, vocab=300).texts["valid"][0][1] == "other"
     assert len(seen) == 3
+    # What is kept is of these splits, not only of these files.
+    a, b = (tuple(str(folder / f"{split}.{end}") for end in ("en", "de"))
+            for split in ("train", "valid"))
+    own = lambda **files: load_pairs("files", tmp_path, vocab=300, files=files)  # noqa: E731
+    assert set(own(train=a, valid=b).texts) == {"valid"} and own(train=a, valid=b).pairs == 90
+    assert "test" in own(train=a, test=b).texts and own(train=a, test=b).pairs < 90

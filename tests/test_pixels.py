@@ -508,13 +508,15 @@ def test_frechet_distance_of_gaussians():
 
 def test_fidelity_names_what_it_is(monkeypatch):
     """torch-fidelity gets uint8 images of three colours, and its figures their names."""
-    with pytest.raises(RunError, match="pip install torch-fidelity"):
+    with pytest.raises(RunError, match="pip install 'torch-fidelity"):
         monkeypatch.setitem(sys.modules, "torch_fidelity", None)
         metrics.fidelity(np.zeros((2, 4, 4, 1), np.uint8), np.zeros((3, 4, 4, 1), np.uint8), "x")
 
     def calculate_metrics(input1, input2, **kwargs):
-        assert input1.shape == (2, 3, 4, 4) and input2.shape == (3, 3, 4, 4)
-        assert input1.dtype == torch.uint8 and (input1 == 7).all()
+        for images, n in ((input1, 2), (input2, 3)):  # 0.4 refuses anything but a Dataset
+            assert isinstance(images, torch.utils.data.Dataset) and len(images) == n
+            assert images[n - 1].shape == (3, 4, 4) and images[n - 1].dtype == torch.uint8
+        assert (input1[1] == 7).all()
         assert kwargs["fid"] and kwargs["isc"] and kwargs["prc"]
         return dict(frechet_inception_distance=1.5, inception_score_mean=2.0, precision=0.5,
                     recall=0.25)
@@ -524,8 +526,25 @@ def test_fidelity_names_what_it_is(monkeypatch):
                              "cifar10/train")
     assert {k: v["value"] for k, v in found.items()} == dict(
         fid=1.5, inception_score=2.0, precision=0.5, recall=0.25)
-    assert found["fid"]["unit"] == ("torch-fidelity 0.4, inception-v3-compat, 2 samples, reference "
-                                    "cifar10/train (3)")
+    for name, net in (("fid", "inception-v3-compat"), ("recall", "vgg16")):
+        assert found[name]["unit"] == (f"torch-fidelity 0.4, {net}, 2 samples, reference "
+                                       "cifar10/train (3)")
+
+
+def test_images_are_refused_before_they_are_drawn(monkeypatch):
+    """Runs of two sizes, whose images make no one picture, and --fid without its package."""
+    shapes = {"a": (4, 4, 1), "b": [4, 4, 1], "c": (8, 8, 1)}
+    monkeypatch.setattr(metrics, "script_of", lambda run: vadd)
+    monkeypatch.setattr(common, "read_checkpoint", lambda file, mmap: {
+        "tokenizer": {"shape": shapes[file.parent.name]}})
+    monkeypatch.setattr(common, "open_run", lambda *_: pytest.exit("opened"))
+    with pytest.raises(RunError, match="different sizes"):
+        metrics.images_main(["a", "b", "c"])
+    with pytest.raises(pytest.exit.Exception, match="opened"):
+        metrics.images_main(["a", "b"])
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(RunError, match="pip install 'torch-fidelity>=0.4'"):
+        metrics.images_main(["a", "--fid"])
 
 
 def test_the_classifier_sees_pixels(tmp_path, monkeypatch):

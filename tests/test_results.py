@@ -288,13 +288,34 @@ def test_points_of_a_run_are_drawn_once_and_judged(tmp_path, monkeypatch):
     monkeypatch.setattr(temperatures.metrics, "words", lambda data: {"the"})
     monkeypatch.setattr(temperatures, "load_dataset", lambda *_: None)
     known, run = {}, f"{tmp_path} --z0_hat hard"
-    temperatures.points(run, [2, 4], [1.0, 0.5], ["--samples", "1"], known, "d", Judge())
+    for temperature in (1.0, 0.5):
+        temperatures.points(run, [2, 4], temperature, ["--samples", "1"], known, "d", Judge())
     even = pytest.approx(np.log(2))
     assert known[f"{run}, 2 steps"] == [[0.5, 1, even, 2.0], [1.0, 0, even, 1.0]]
     assert [x[0] for x in drawn] == [[2, 4]] * 2 and drawn[0][1][:4] == [
         "--z0_hat", "hard", "--samples", "1"]
-    temperatures.points(run, [2, 8], [0.5], [], known, "d", None)
+    temperatures.points(run, [2, 8], 0.5, [], known, "d", None)
     assert [x[0] for x in drawn[2:]] == [[8]] and known[f"{run}, 8 steps"] == [[0.5, 1, even]]
+
+
+def test_temperatures_are_kept_one_by_one_and_mistakes_are_told(tmp_path, monkeypatch, capsys):
+    def points(run, steps, temperature, flags, known, *_):
+        if temperature == 0.5:
+            raise KeyboardInterrupt
+        known[f"{run}, 2 steps"] = [[temperature, 0.5, 2.8]]
+    monkeypatch.setattr(temperatures, "points", points)
+    run = lambda *runs: common.run_main(temperatures.main, argparse.Namespace(  # noqa: E731
+        runs=[*runs], steps=[2], temperatures=[1.0, 0.5], out=tmp_path / "new/x", judge="",
+        data_dir="d"), [])
+    for runs, told in (((), "nothing is drawn yet"), (["typo"], "typo is not a run folder")):
+        with pytest.raises(SystemExit):
+            run(*runs)
+        assert told in capsys.readouterr().err
+    monkeypatch.setattr(temperatures.metrics, "script_of", lambda out: None)
+    with pytest.raises(SystemExit):
+        run("a --K 2")
+    kept = json.loads((tmp_path / "new/x.json").read_text())
+    assert kept == {"points": {"a --K 2, 2 steps": [[1.0, 0.5, 2.8]]}}
 
 
 def test_temperatures_without_matplotlib(tmp_path, monkeypatch, capsys):

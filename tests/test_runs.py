@@ -819,7 +819,7 @@ WRONG = {  # values that each script's own flags refuse
     "difformer": ["--loss anchors", "--factor -1", "--rescaling cosine", "--T x"]}
 OTHER = {  # what defines a method: flag, the run's value, another
     "cadd": ("hint", "fm", "vp"), "vadd": ("latent_dim", "3", "4"),
-    "catdm": ("shift", "-1.0", "0.0"), "difformer": ("loss", "anchor", "none")}
+    "catdm": ("shift", "-1.5", "0.0"), "difformer": ("loss", "anchor", "none")}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -830,7 +830,7 @@ def test_newcomer_mistakes_are_one_line_and_a_bad_exit_code(capsys, tmp_path, da
     if name == "difformer":  # its sets are a flag's choices
         failed(capsys, "not one of numbers, multi30k", script, "--dataset", "texxt8", code=2)
     else:
-        known = [k for k in script_of(name).PRESETS if k not in ("folder", "images")]
+        known = [k for k in script_of(name).PRESETS if k not in ("folder", "images", ".npy")]
         failed(capsys, f"choose one of {', '.join(known)}, or", script, "--dataset", "texxt8")
     failed(capsys, "unrecognized arguments: --stepz", script, "--stepz", "3", code=2)
     failed(capsys, "0 is out of range", script, "--steps", "0", code=2)
@@ -949,6 +949,8 @@ def test_eval_fails_in_one_line(capsys, tmp_path, trained, data_dir):
     failed(capsys, "line 1, is broken", "eval.py", tmp_path / "broken.jsonl", *flags)
     failed(capsys, "has no checkpoint.pt", "eval.py", tmp_path)
     few = tmp_path / "few.jsonl", *flags
+    failed(capsys, "nowhere does not exist", "eval.py", trained("cadd"), tmp_path / "nowhere")
+    assert not list(Path(trained("cadd")).glob("eval-*.json"))  # before anything is scored
     failed(capsys, "made by cadd.py: give a run of", "eval.py", *few, "--judge", trained("cadd"))
     if importlib.util.find_spec("mauve") is None:
         failed(capsys, "pip install mauve-text", "eval.py", *few, "--metrics", "mauve")
