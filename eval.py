@@ -170,6 +170,14 @@ def needed(module: str, install: str) -> ModuleType:
         raise RunError(f"{module} is not installed: pip install {install}") from None
 
 
+# Of --metrics and --fid: what is imported, and what pip installs.
+PACKAGES = {"sacrebleu": ("sacrebleu.metrics", "sacrebleu"),
+            "rouge": ("rouge_score.rouge_scorer", "rouge-score"),
+            "bertscore": ("bert_score", "bert-score"), "comet": ("comet", "unbabel-comet"),
+            "mauve": ("mauve", "mauve-text"),
+            "fid": ("torch_fidelity", "'torch-fidelity>=0.4'")}  # has precision and recall
+
+
 class Judge:
     """A causal model that scores texts: a Hugging Face model by its name or folder, or a run of
     results/ar_baseline.py, our own yardstick. Raises RunError."""
@@ -244,7 +252,7 @@ def mauve(**sets: Sequence) -> float:
     """MAUVE (Pillutla et al. 2021) of p_text, real, and q_text, or of p_features and q_features
     (n, d), as in MDLM's line of papers: GPT-2 large's features of up to 1,024 tokens, scale 5, 500
     buckets. Raises RunError without the package, or for too few."""
-    package = needed("mauve", "mauve-text")
+    package = needed(*PACKAGES["mauve"])
     if (n := min(map(len, sets.values()))) < MAUVE_BUCKETS:
         raise RunError(f"MAUVE has {MAUVE_BUCKETS} buckets, and there are {n} samples or real "
                        "texts: draw more with --samples (the papers: 5000)")
@@ -369,7 +377,7 @@ def sacrebleu(rows: list[dict]) -> dict[str, dict]:
     """sacreBLEU in percent, with its signature and the 95% interval of its bootstrap (1000 draws,
     seed 12345): by default (cased, 13a), in lower case, and of texts as they stand, which for
     tokenised ones is tokenised BLEU (Difformer's Table 3). Raises RunError without the package."""
-    package, found = needed("sacrebleu.metrics", "sacrebleu"), {}
+    package, found = needed(*PACKAGES["sacrebleu"]), {}
     for name, options in (("", {}), ("_lc", dict(lowercase=True)),
                           ("_tokenised", dict(tokenize="none", force=True))):
         metric = package.BLEU(**options)
@@ -385,7 +393,7 @@ def sacrebleu(rows: list[dict]) -> dict[str, dict]:
 def rouge(rows: list[dict]) -> dict[str, dict]:
     """Mean F1 of ROUGE-1, -2, -L (Lin 2004) in percent. Raises RunError without the package."""
     names = ["rouge1", "rouge2", "rougeL"]
-    scorer = needed("rouge_score.rouge_scorer", "rouge-score").RougeScorer(names)
+    scorer = needed(*PACKAGES["rouge"]).RougeScorer(names)
     scores = [scorer.score(row["reference"], row["text"]) for row in rows]
     return {name: dict(value=100 * mean(score[name].fmeasure for score in scores), unit="F1")
             for name in names}
@@ -393,7 +401,7 @@ def rouge(rows: list[dict]) -> dict[str, dict]:
 
 def bertscore(rows: list[dict]) -> dict[str, dict]:
     """Mean F1 with DiffuSeq's model, in percent. Raises RunError without the package."""
-    score = needed("bert_score", "bert-score").score
+    score = needed(*PACKAGES["bertscore"]).score
     model = "microsoft/deberta-xlarge-mnli"
     _, _, f1 = score([r["text"] for r in rows], [r["reference"] for r in rows], model_type=model)
     return {"bertscore": dict(value=100 * float(f1.mean()), unit=f"F1, {model}")}
@@ -401,7 +409,7 @@ def bertscore(rows: list[dict]) -> dict[str, dict]:
 
 def comet(rows: list[dict]) -> dict[str, dict]:
     """COMET's mean of the model named. Raises RunError without the package or the sources."""
-    package = needed("comet", "unbabel-comet")
+    package = needed(*PACKAGES["comet"])
     name = "Unbabel/wmt22-comet-da"
     if any("source" not in row for row in rows):
         raise RunError('COMET needs each translation\'s "source"')
@@ -617,13 +625,10 @@ def show_images(drawn: dict[str, Tensor], data: Sequences, cfg: Any, graded: boo
     return {"samples": print_grades(data, drawn)} if graded and data.classes else {}
 
 
-TORCH_FIDELITY = "torch_fidelity", "'torch-fidelity>=0.4'"  # which has precision and recall
-
-
 def fidelity(images: np.ndarray, real: np.ndarray, reference: str) -> dict[str, dict]:
     """FID, Inception Score, precision and recall of images (n, H, W, colours) uint8 against `real`,
     by torch-fidelity and its standard weights. The papers take 50,000 of each."""
-    package = needed(*TORCH_FIDELITY)
+    package = needed(*PACKAGES["fid"])
     sets = [torch.utils.data.Subset(x, range(len(x))) for x in (  # the package asks for a Dataset
         torch.from_numpy(np.array(x)).movedim(-1, 1).expand(-1, 3, -1, -1) for x in (images, real))]
     found = package.calculate_metrics(
@@ -650,7 +655,7 @@ def images_main(argv: list[str]) -> None:
         parser.add_argument(f"--{name}", help="of CADD's sampler (default: the run's)")
     parser.add_argument("--cool", action=argparse.BooleanOptionalAction, help="likewise")
     args = parser.parse_args(argv)
-    args.fid and needed(*TORCH_FIDELITY)  # now rather than after drawing
+    args.fid and needed(*PACKAGES["fid"])  # now rather than after drawing
     shapes = [common.read_checkpoint(run / "checkpoint.pt", mmap=True)["tokenizer"].get("shape")
               for run in args.runs if script_of(run)]
     if len({tuple(shape or ()) for shape in shapes}) > 1:
@@ -1036,8 +1041,8 @@ def table(rows: list[dict]) -> str:
 
 
 # Flags of the commands that open checkpoints, and of those that draw pictures
+SPLIT = dict(default="valid", choices=("train", "valid", "test"))
 OPENS_RUNS, DRAWS_RUNS = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-OPENS_RUNS.add_argument("--split", default="valid", choices=("train", "valid", "test"))
 OPENS_RUNS.add_argument("--data_dir", default="data", help="where datasets are")
 OPENS_RUNS.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 DRAWS_RUNS.add_argument("runs", nargs="+", type=Path, help="run folders")
@@ -1069,6 +1074,7 @@ def collapse_main(argv: list[str]) -> None:
     parser = common.Parser(
         "eval.py collapse", parents=[OPENS_RUNS, DRAWS_RUNS], allow_abbrev=False,
         description="Have the learned embeddings of CATDM, CADD or Difformer runs collapsed?")
+    parser.add_argument("--split", **SPLIT)
     args = parser.parse_args(argv)
     flags = ["--split", args.split, "--data_dir", args.data_dir, "--device", args.device]
     results, rows = {}, []
@@ -1116,6 +1122,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.Parser("eval.py", parents=[OPENS_RUNS], allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter,
                            description=__doc__)
+    parser.add_argument("--split", **SPLIT)
     parser.add_argument("paths", nargs="+", help="run folders, or files of samples")
     parser.add_argument("--dataset", help="another set, of the same vocabulary, to score runs on; "
                         "for files of samples whose words to compare with")
@@ -1140,6 +1147,8 @@ def main(argv: list[str] | None = None) -> None:
         return [word for name in names if (value := getattr(args, name)) is not None
                 for word in (f"--{name}", str(value))]
 
+    for name in args.metrics:  # now rather than after drawing and scoring
+        needed(*PACKAGES[name])
     drawing, extra = given(*DRAWING), [name for name in args.metrics if name in EXTRA]
     if drawing and not args.steps:
         raise RunError(f"{drawing[0]} says how --steps draws: give --steps too")

@@ -950,7 +950,13 @@ def test_eval_fails_in_one_line(capsys, tmp_path, trained, data_dir):
     failed(capsys, "has no checkpoint.pt", "eval.py", tmp_path)
     few = tmp_path / "few.jsonl", *flags
     failed(capsys, "nowhere does not exist", "eval.py", trained("cadd"), tmp_path / "nowhere")
-    assert not list(Path(trained("cadd")).glob("eval-*.json"))  # before anything is scored
+    if importlib.util.find_spec("comet") is None:
+        failed(capsys, "pip install unbabel-comet", "eval.py", trained("difformer"), "--metrics",
+               "comet", *flags[2:])
+    failed(capsys, "unrecognized arguments: --split", "eval.py", "images", trained("cadd"),
+           "--split", "test", code=2)
+    for name in ("cadd", "difformer"):  # before anything is scored
+        assert not list(Path(trained(name)).glob("eval-*.json"))
     failed(capsys, "made by cadd.py: give a run of", "eval.py", *few, "--judge", trained("cadd"))
     if importlib.util.find_spec("mauve") is None:
         failed(capsys, "pip install mauve-text", "eval.py", *few, "--metrics", "mauve")
