@@ -1147,8 +1147,6 @@ def main(argv: list[str] | None = None) -> None:
         return [word for name in names if (value := getattr(args, name)) is not None
                 for word in (f"--{name}", str(value))]
 
-    for name in args.metrics:  # now rather than after drawing and scoring
-        needed(*PACKAGES[name])
     drawing, extra = given(*DRAWING), [name for name in args.metrics if name in EXTRA]
     if drawing and not args.steps:
         raise RunError(f"{drawing[0]} says how --steps draws: give --steps too")
@@ -1168,10 +1166,12 @@ def main(argv: list[str] | None = None) -> None:
         few = ": too few, draw 64 or more" if len(drawn) < 64 else ""
         return columns | {"samples": columns["samples"] + few}
 
-    for name in args.paths:  # all, before the first is scored
+    for name in args.paths:  # what is missing is said before the first is drawn and scored
         if not Path(name).exists():
             raise RunError(f"{name} does not exist: give a run folder or a file of samples")
         Path(name).is_dir() and script_of(Path(name))
+    for name in args.metrics:
+        needed(*PACKAGES[name])
     for name, K in itertools.product(args.paths, args.K):
         path, row = Path(name), {"run": f"{name}, K = {K}" if K else name}
         rows.append(row)
