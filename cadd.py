@@ -126,8 +126,9 @@ class Config(common.MaskedConfig):
         """Calls of the network, of each latent chain, for a sample: all free, or of --prompt."""
         if self.order != "first-hitting":
             return self.sample_steps
-        gaps = self.prompt and common.encode_prompt(self.prompt, data, self.prompt_mask)
-        return int((gaps == data.mask_id).sum()) if self.prompt else data.length
+        if not self.prompt:
+            return data.length
+        return int((common.encode_prompt(self.prompt, data, self.prompt_mask) == data.mask_id).sum())
 
 
 _HINTS = dict(hint_in="mean", hint_out=True, embed_norm=0.1)  # ours; --paper undoes it
@@ -188,14 +189,16 @@ PRESETS |= {
 PRESETS["mnist-pixels"] = PRESETS["mnist-binary"]
 PRESETS["folder"] = dict(PRESETS["pydoc"], steps=8000)  # two CPU cores, ten minutes
 MDLM_BITS = {"pydoc": 2.690, "english27": 1.944}  # its bound with seed 0: results/mdlm-*.json
-# Table 3: 65B tokens, of which the paper gives no batch; its embeddings' norm is near 0.6
-FLAG_PRESETS = {"--paper": dict(hint_in="raw", hint_out=False, hint_noise=1.0, time_cond=False,
-                                embed_norm=0.0), "--backbone": dict(
-    length=2048, batch_size=512, micro_batch=4, steps=62_000, lr=1e-5, warmup=2000, dropout=0.0,
-    lr_schedule="constant", beta2=0.999, ema=0.9999, hint_at="masked", hint_in="c_in",
-    hint_out=False, hint_noise=1.0, embed_norm=0.0, recompute=True, compile=False, sample_steps=512,
-    order="entropy", temperature=0.2, samples=1, save_every=1000, eval_draws=1,
-    eval_sequences=1000, net="dit", augment=0.0, split="valid")}
+FLAG_PRESETS = {
+    # Table 3: 65B tokens, of which the paper gives no batch; its embeddings' norm is near 0.6
+    "--backbone": dict(
+        length=2048, batch_size=512, micro_batch=4, steps=62_000, lr=1e-5, warmup=2000, dropout=0.0,
+        lr_schedule="constant", beta2=0.999, ema=0.9999, hint_at="masked", hint_in="c_in",
+        hint_out=False, hint_noise=1.0, embed_norm=0.0, recompute=True, compile=False,
+        sample_steps=512, order="entropy", temperature=0.2, samples=1, save_every=1000,
+        eval_draws=1, eval_sequences=1000, net="dit", augment=0.0, split="valid"),
+    "--paper": dict(hint_in="raw", hint_out=False, hint_noise=1.0, time_cond=False,
+                    embed_norm=0.0)}
 
 # ---------------------------------------------------------------------------------------------
 # Schedules
@@ -817,13 +820,14 @@ def build(cfg: Config, data: Sequences, pretrained: bool = False) -> CADD:
     if cfg.order == "first-hitting" and (cfg.corrector or cfg.cool):  # a mistake costs no training
         raise RunError("--order first-hitting has no common time: not with --corrector or --cool")
     common.check_prompt(cfg, data)
-    tasks = read_prompts(Path(cfg.prompts)) if cfg.prompts else []
-    if tasks and data.unit == "dimension":
-        raise RunError("--prompts is for text")
-    longest = max((len(data.encode(task["prompt"])) for task in tasks), default=0)
-    if tasks and not cfg.backbone and longest + cfg.completion > data.length:
-        raise RunError(f"--prompts: {longest} tokens and --completion {cfg.completion} are more "
-                       f"than this model's {data.length}")
+    if cfg.prompts:
+        if data.unit == "dimension":
+            raise RunError("--prompts is for text")
+        tasks = read_prompts(Path(cfg.prompts))
+        longest = max((len(data.encode(task["prompt"])) for task in tasks), default=0)
+        if not cfg.backbone and longest + cfg.completion > data.length:
+            raise RunError(f"--prompts: {longest} tokens and --completion {cfg.completion} are "
+                           f"more than this model's {data.length}")
     return CADD(cfg, data.vocab_size, pretrained, data.shape)
 
 

@@ -891,8 +891,9 @@ def parse_config(script: ModuleType, argv: list[str] | None = None) -> Any:
     kinds = dataset, "images" if pictures_in(dataset) else Path(dataset).suffix
     key = next((kind for kind in kinds if kind in presets), "folder")
     values = {f.name: f.default for f in fields} | presets.get(key, {})
-    for word in sys.argv[1:] if argv is None else argv:
-        values |= getattr(script, "FLAG_PRESETS", {}).get(word.split("=")[0], {})
+    typed = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    for flag, row in getattr(script, "FLAG_PRESETS", {}).items():
+        values |= row if flag in typed else {}
     parser = Parser(
         prog=program, usage="%(prog)s [--FLAG VALUE ...]", description=script.__doc__,
         epilog=f"Defaults are those of --dataset {dataset}.", allow_abbrev=False,

@@ -11,6 +11,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,24 +20,26 @@ import eval as metrics  # noqa: E402
 from data import load_dataset  # noqa: E402
 
 
-def points(run: str, steps: list[int], temperature: float, flags: list[str],
-           known: dict[str, list], data_dir: str, judge: metrics.Judge | None) -> None:
+def points(run: str, steps: list[int], temperatures: list[float], flags: list[str],
+           known: dict[str, list], data_dir: str, judge: metrics.Judge | None) -> Iterator[float]:
     """Adds to `known` ["RUN, T steps"] the points [temperature, share of words, entropy], and
-    after these the perplexity by a judge."""
+    after these the perplexity by a judge. Yields each temperature as soon as it is drawn."""
     folder, *own = shlex.split(run)
     out = Path(folder)
     dataset = json.loads((out / "result.json").read_text())["dataset"]
     words = metrics.words(load_dataset(dataset, data_dir))
     found = {T: known.setdefault(f"{run}, {T} steps", []) for T in steps}
-    new = [T for T in steps if temperature not in [point[0] for point in found[T]]]
-    flags = [*own, *flags, "--data_dir", data_dir, "--temperature", str(temperature)]
-    for T, file in metrics.draw_sweep(out, new, flags).items() if new else ():
-        rows = metrics.read_samples(file)
-        texts = [row["text"] for row in rows]
-        found[T].append([temperature, metrics.spelled(texts, words),
-                         metrics.entropy([row["ids"] for row in rows]),
-                         *([judge.perplexities(texts, 64)[0]] if judge else [])])
-        found[T].sort()
+    for temperature in temperatures:
+        new = [T for T in steps if temperature not in [point[0] for point in found[T]]]
+        flags_here = [*own, *flags, "--data_dir", data_dir, "--temperature", str(temperature)]
+        for T, file in metrics.draw_sweep(out, new, flags_here).items() if new else ():
+            rows = metrics.read_samples(file)
+            texts = [row["text"] for row in rows]
+            found[T].append([temperature, metrics.spelled(texts, words),
+                             metrics.entropy([row["ids"] for row in rows]),
+                             *([judge.perplexities(texts, 64)[0]] if judge else [])])
+            found[T].sort()
+        yield temperature
 
 
 def main(args: argparse.Namespace, flags: list[str]) -> None:
@@ -50,9 +53,8 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
         metrics.script_of(Path(shlex.split(run)[0]))
     judge = metrics.Judge(args.judge) if args.judge else None
     for run in args.runs:
-        for temperature in args.temperatures:  # each is kept as soon as it is drawn
-            points(run, args.steps, temperature, ["--samples", "256", *flags], known,
-                   args.data_dir, judge)
+        for _ in points(run, args.steps, args.temperatures, ["--samples", "256", *flags], known,
+                        args.data_dir, judge):
             common.write_text(file, json.dumps(kept, indent=1))
     panels = []
     judged = all(len(point) > 3 for found in known.values() for point in found)

@@ -288,21 +288,21 @@ def test_points_of_a_run_are_drawn_once_and_judged(tmp_path, monkeypatch):
     monkeypatch.setattr(temperatures.metrics, "words", lambda data: {"the"})
     monkeypatch.setattr(temperatures, "load_dataset", lambda *_: None)
     known, run = {}, f"{tmp_path} --z0_hat hard"
-    for temperature in (1.0, 0.5):
-        temperatures.points(run, [2, 4], temperature, ["--samples", "1"], known, "d", Judge())
+    made = temperatures.points(run, [2, 4], [1.0, 0.5], ["--samples", "1"], known, "d", Judge())
+    assert list(made) == [1.0, 0.5]
     even = pytest.approx(np.log(2))
     assert known[f"{run}, 2 steps"] == [[0.5, 1, even, 2.0], [1.0, 0, even, 1.0]]
     assert [x[0] for x in drawn] == [[2, 4]] * 2 and drawn[0][1][:4] == [
         "--z0_hat", "hard", "--samples", "1"]
-    temperatures.points(run, [2, 8], 0.5, [], known, "d", None)
+    list(temperatures.points(run, [2, 8], [0.5], [], known, "d", None))
     assert [x[0] for x in drawn[2:]] == [[8]] and known[f"{run}, 8 steps"] == [[0.5, 1, even]]
 
 
 def test_temperatures_are_kept_one_by_one_and_mistakes_are_told(tmp_path, monkeypatch, capsys):
-    def points(run, steps, temperature, flags, known, *_):
-        if temperature == 0.5:
-            raise KeyboardInterrupt
-        known[f"{run}, 2 steps"] = [[temperature, 0.5, 2.8]]
+    def points(run, steps, drawn, flags, known, *_):
+        known[f"{run}, 2 steps"] = [[drawn[0], 0.5, 2.8]]
+        yield drawn[0]
+        raise KeyboardInterrupt
     monkeypatch.setattr(temperatures, "points", points)
     run = lambda *runs: common.run_main(temperatures.main, argparse.Namespace(  # noqa: E731
         runs=[*runs], steps=[2], temperatures=[1.0, 0.5], out=tmp_path / "new/x", judge="",
